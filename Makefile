@@ -1,0 +1,53 @@
+# The commands of this project; people and CI call the same ones.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+DEPENDENCIES := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test lint types bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+install: $(VENV)/.dev ## make .venv with everything that development needs
+
+run: $(VENV)/.run ## see it work: real sentences through Redis, a worker and all-mpnet-base-v2
+	@$(VENV)/bin/embedq demo
+
+test: $(VENV)/.dev ## the whole test suite
+	@$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.dev ## ruff, rules and format
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev build/typing ## mypy --strict
+	@$(VENV)/bin/mypy
+
+bench: $(VENV)/.dev ## throughput of queue and encoder, side by side with their peers
+	@$(VENV)/bin/python tests/bench/run.py
+
+clean: ## remove .venv and all that was built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "embedq needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(VENV)/bin/python $(DEPENDENCIES)
+	@echo "installing embedq into $(VENV) ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[worker,embedded]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python $(DEPENDENCIES)
+	@echo "installing embedq and its development tools into $(VENV) ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.run
+
+# The folders are packages under one namespace, which type checkers find by these links alone.
+build/typing:
+	@mkdir -p build/typing/embedq
+	@for package in producer worker model; do ln -sfn ../../../$$package build/typing/embedq/$$package; done

@@ -1,0 +1,49 @@
+-- Cancels one job that has not ended yet, whether it waits or runs. A worker that holds it loses its hold: what
+-- it publishes later changes nothing. Whoever waits for the result is woken by an entry of RQ's type 3 (stopped).
+--
+-- KEYS[1]  the job's hash
+-- KEYS[2]  the job's result stream
+-- KEYS[3]  the job's executions
+-- ARGV[1]  RQ's key prefix
+-- ARGV[2]  the job id
+-- ARGV[3]  now, as RQ writes a time
+-- ARGV[4]  now, in seconds
+-- ARGV[5]  seconds to keep the canceled job where it doesn't say so itself
+--
+-- Returns the status found: a terminal one means that nothing was changed. False if there is no such job.
+
+local prefix, id, now, now_s = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local fields = redis.call('HMGET', KEYS[1], 'status', 'origin', 'failure_ttl')
+local status, queue, ttl = fields[1], fields[2], tonumber(fields[3] or '') or tonumber(ARGV[5])
+if not status or not queue then
+  return false
+end
+if status == 'finished' or status == 'failed' or status == 'canceled' or status == 'stopped' then
+  return status
+end
+
+redis.call('LREM', prefix .. ':queue:' .. queue, 0, id)
+redis.call('ZREM', prefix .. ':scheduled:' .. queue, id)
+redis.call('ZREM', prefix .. ':deferred:' .. queue, id)
+for _, execution in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+  local key = prefix .. ':execution:' .. id .. ':' .. execution
+  local worker = redis.call('HGET', key, 'worker_name')
+  if worker then
+    redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', id .. ':' .. execution)
+  end
+  redis.call('ZREM', prefix .. ':wip:' .. queue, id .. ':' .. execution)
+  redis.call('DEL', key)
+end
+redis.call('DEL', KEYS[3])
+
+redis.call('HSET', KEYS[1], 'status', 'canceled', 'ended_at', now)
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', 10, '*', 'type', 3, 'worker_name', '')
+-- RQ never clears this registry, so each cancellation drops what is as old as a canceled job can be.
+local canceled = prefix .. ':canceled:' .. queue
+redis.call('ZADD', canceled, now_s, id)
+if ttl >= 0 then
+  redis.call('EXPIRE', KEYS[1], ttl)
+  redis.call('EXPIRE', KEYS[2], ttl)
+  redis.call('ZREMRANGEBYSCORE', canceled, '-inf', '(' .. (now_s - ttl))
+end
+return status

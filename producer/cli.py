@@ -1,0 +1,376 @@
+"""The client's half of the command line: enqueue, embed, status, result, cancel, requeue, info.
+
+Knows click, rich and the public client API; needs neither torch nor a worker. `embedq.worker.cli` joins these
+commands with its own under `embedq`.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+import orjson
+import redis
+
+from embedq.producer import fleet, formats
+from embedq.producer.connection import DEFAULT_URL, connect
+from embedq.producer.embeddings import Embeddings
+from embedq.producer.errors import EmbedqError, JobNotFoundError
+from embedq.producer.options import FAILURE_TTL_S, RESULT_TTL_S, RETRIES, Precision, TruncationSide
+from embedq.producer.queue import DEFAULT_QUEUE, EmbedQueue
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+url_option = click.option(
+    "--url", envvar="EMBEDQ_URL", default=DEFAULT_URL, show_default=True, help="Redis: redis://, rediss:// or unix://."
+)
+queue_option = click.option(
+    "--queue", envvar="EMBEDQ_QUEUE", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+
+
+def timeout_option(default: float) -> Callable[[Command], Command]:
+    return click.option(
+        "--timeout",
+        envvar="EMBEDQ_TIMEOUT",
+        type=click.FloatRange(min=0),
+        default=default,
+        show_default=True,
+        help="Seconds to wait for the result; 0 only looks.",
+    )
+
+
+def embed_options(command: Command) -> Command:
+    """The options of `EmbedOptions`; those left out stay the model's own."""
+    options = [
+        click.option("--prompt", envvar="EMBEDQ_PROMPT", help="Text to put before each input."),
+        click.option("--prompt-name", envvar="EMBEDQ_PROMPT_NAME", help="One of the model's own prompts, by name."),
+        click.option("--normalize/--no-normalize", default=None, help="Unit length; default: as the model says."),
+        click.option("--dimensions", envvar="EMBEDQ_DIMENSIONS", type=int, help="Keep the first so many dimensions."),
+        click.option(
+            "--precision",
+            envvar="EMBEDQ_PRECISION",
+            type=click.Choice(get_args(Precision)),
+            default="float32",
+            show_default=True,
+            help="Number type of the vectors.",
+        ),
+        click.option("--truncate/--no-truncate", default=True, show_default=True, help="Cut texts that are too long."),
+        click.option(
+            "--truncation-side",
+            envvar="EMBEDQ_TRUNCATION_SIDE",
+            type=click.Choice(get_args(TruncationSide)),
+            default="right",
+            show_default=True,
+            help="The side that is cut off.",
+        ),
+        click.option("--expect-model", help="Fail the job if the worker serves another model."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+
+    @wraps(command)
+    def renamed(*args: Any, expect_model: str | None, **kwargs: Any) -> Any:
+        return command(*args, model=expect_model, **kwargs)
+
+    return renamed  # type: ignore[return-value]
+
+
+def output_options(command: Command) -> Command:
+    """--format and --output, for vectors."""
+    command = click.option(
+        "--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default: stdout."
+    )(command)
+    return click.option(
+        "--format",
+        "file_format",
+        envvar="EMBEDQ_FORMAT",
+        type=click.Choice(["summary", *formats.FILE_FORMATS]),
+        default="summary",
+        show_default=True,
+        help="summary is for people; the others hold all numbers.",
+    )(command)
+
+
+@click.command()
+@click.argument("texts", nargs=-1)
+@click.option("--file", "-f", type=click.File(encoding="utf-8"), help="One text a line; - is stdin.")
+@click.option("--job-id", help="The job's id, for a single text. The same text under the same id is one job.")
+@click.option("--one-job", is_flag=True, help="All texts in one job instead of one job each.")
+@click.option("--result-ttl", type=int, default=RESULT_TTL_S, show_default=True, help="Seconds to keep the result.")
+@click.option("--failure-ttl", type=int, default=FAILURE_TTL_S, show_default=True, help="Seconds to keep a failure.")
+@click.option("--ttl", type=int, help="Seconds after which a job still waiting vanishes.")
+@click.option("--retries", type=int, default=RETRIES, show_default=True, help="Attempts after the first.")
+@click.option("--at-front", is_flag=True, help="At the head of the queue.")
+@embed_options
+@queue_option
+@url_option
+@json_option
+def enqueue(
+    texts: tuple[str, ...],
+    file: Any,
+    job_id: str | None,
+    one_job: bool,
+    queue: str,
+    url: str,
+    as_json: bool,
+    **keywords: Any,
+) -> None:
+    """Put TEXTS on the queue and print the job ids, one a line.
+
+    Without TEXTS and --file the texts come from stdin, one a line.
+
+    \b
+    embedq enqueue "Where do otters sleep?"
+    embedq enqueue --file sentences.txt --dimensions 256
+    """
+    everything = read_texts(texts, file)
+    if job_id is not None and len(everything) != 1 and not one_job:
+        raise click.UsageError("--job-id names one job: give one text, or --one-job")
+    with EmbedQueue(url, queue=queue) as client:
+        if one_job or job_id is not None:
+            jobs = [client.enqueue(everything, job_id=job_id, **keywords)]
+        else:
+            jobs = client.enqueue_many(everything, **keywords)
+    for job in jobs:
+        echo_json({"id": job.id}) if as_json else click.echo(job.id)
+
+
+@click.command()
+@click.argument("texts", nargs=-1)
+@click.option("--file", "-f", type=click.File(encoding="utf-8"), help="One text a line; - is stdin.")
+@embed_options
+@output_options
+@timeout_option(60)
+@queue_option
+@url_option
+def embed(
+    texts: tuple[str, ...],
+    file: Any,
+    file_format: str,
+    output: Path | None,
+    timeout: float,
+    queue: str,
+    url: str,
+    **keywords: Any,
+) -> None:
+    """Embed TEXTS and wait for the vectors.
+
+    \b
+    embedq embed "Where do otters sleep?"
+    embedq embed --file sentences.txt --format npy --output vectors.npy
+    """
+    check_output(file_format, output)
+    with EmbedQueue(url, queue=queue) as client:
+        result = client.embed(read_texts(texts, file), timeout=timeout, **keywords)
+    write_result(result, file_format, output)
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@url_option
+@json_option
+def status(job_ids: tuple[str, ...], url: str, as_json: bool) -> None:
+    """Show where each job stands: queued, started, finished, failed, canceled.
+
+    Exits with 3 if one of them does not exist or has expired.
+    """
+    with EmbedQueue(url) as client:
+        found = client.statuses(job_ids)
+    for job_id, job_status in found.items():
+        if as_json:
+            echo_json({"id": job_id, "status": job_status})
+        else:
+            click.echo(f"{job_id}  {job_status or 'not found'}")
+    missing = [job_id for job_id, job_status in found.items() if job_status is None]
+    if missing:
+        raise JobNotFoundError(f"{len(missing)} of {len(found)} jobs do not exist or have expired: {missing[0]} ...")
+
+
+@click.command()
+@click.argument("job_id")
+@output_options
+@timeout_option(30)
+@url_option
+def result(job_id: str, file_format: str, output: Path | None, timeout: float, url: str) -> None:
+    """Fetch the embeddings of one job, waiting for it if need be.
+
+    \b
+    embedq result JOB_ID --format npy --output vectors.npy
+    """
+    check_output(file_format, output)
+    with EmbedQueue(url) as client:
+        embeddings = client.result(job_id, timeout=timeout)
+    write_result(embeddings, file_format, output)
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@url_option
+def cancel(job_ids: tuple[str, ...], url: str) -> None:
+    """Cancel jobs that have not ended yet. What a worker still makes of them is dropped."""
+
+    def cancel_one(client: EmbedQueue, job_id: str) -> str:
+        return "canceled" if client.cancel(job_id) else f"had ended before: {client.status(job_id)}"
+
+    _for_each(job_ids, url, cancel_one)
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@click.option("--at-front", is_flag=True, help="At the head of the queue.")
+@url_option
+def requeue(job_ids: tuple[str, ...], at_front: bool, url: str) -> None:
+    """Put failed or canceled jobs back on their queue, their retries restored."""
+
+    def requeue_one(client: EmbedQueue, job_id: str) -> str:
+        client.requeue(job_id, at_front=at_front)
+        return "queued"
+
+    _for_each(job_ids, url, requeue_one)
+
+
+@click.command()
+@url_option
+@json_option
+def info(url: str, as_json: bool) -> None:
+    """Show all queues and workers, with counts."""
+    with _client(url) as client:
+        seen = fleet.look(client)
+    if as_json:
+        echo_json(seen.to_plain())
+    else:
+        _print_fleet(seen)
+
+
+#: In the order in which `embedq --help` lists them.
+COMMANDS = (enqueue, embed, status, result, cancel, requeue, info)
+
+
+def read_texts(texts: tuple[str, ...], file: Any) -> list[str]:
+    """From the arguments, else from --file, else from stdin; blank lines of a file are left out."""
+    if texts and file is not None:
+        raise click.UsageError("give texts or --file, not both")
+    if texts:
+        return list(texts)
+    if file is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("there is nothing to embed: give texts, --file, or pipe lines in")
+        file = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8")
+    try:
+        lines = [line.rstrip("\r\n") for line in file]
+    except UnicodeDecodeError as err:
+        raise click.UsageError(f"the input is not UTF-8: {err.reason} at byte {err.start}") from err
+    if not (found := [line for line in lines if line.strip()]):
+        raise click.UsageError("there is nothing to embed: the input has no text")
+    return found
+
+
+def echo_json(value: Any) -> None:
+    click.echo(orjson.dumps(value))
+
+
+def check_output(file_format: str, output: Path | None) -> None:
+    """Before anything is enqueued. Raises click's UsageError for a place that cannot take the vectors."""
+    if output is None:
+        if file_format in formats.BINARY_FORMATS and sys.stdout.isatty():
+            raise click.UsageError(f"{file_format} is not for a terminal; add --output FILE")
+    elif file_format == "summary":
+        raise click.UsageError(f"--output needs --format {', '.join(formats.FILE_FORMATS)}")
+    elif not output.absolute().parent.is_dir():
+        raise click.UsageError(f"there is no folder {output.parent} to write {output.name} into")
+
+
+def write_result(result: Embeddings, file_format: str, output: Path | None) -> None:
+    if file_format == "summary":
+        _print_summary(result)
+        return
+    data = formats.encode(result, file_format)
+    if output is None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        formats.write_whole(output, data)
+    except OSError as err:
+        raise click.FileError(str(output), hint=f"{err.strerror}; the file was left as it was") from err
+    rows, columns = result.vectors.shape
+    click.echo(f"{output}: {rows} x {columns} {result.vectors.dtype}, {len(data):,} bytes", err=True)
+
+
+@contextmanager
+def _client(url: str) -> Iterator[redis.Redis]:
+    client = connect(url)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _for_each(job_ids: tuple[str, ...], url: str, action: Callable[[EmbedQueue, str], str]) -> None:
+    """Every job is tried; the first error ends the command after the last."""
+    first_error: EmbedqError | None = None
+    with EmbedQueue(url) as client:
+        for job_id in job_ids:
+            try:
+                click.echo(f"{job_id}  {action(client, job_id)}")
+            except EmbedqError as err:
+                if len(job_ids) == 1:
+                    raise
+                click.echo(f"{job_id}  {err}", err=True)
+                first_error = first_error or err
+    if first_error is not None:
+        raise first_error
+
+
+def _print_summary(result: Embeddings) -> None:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("text", "tokens", "first numbers", "length")
+    for index, (row, num_tokens, cut) in enumerate(
+        zip(result.vectors, result.num_tokens, result.truncated, strict=True)
+    ):
+        numbers = row.astype(np.float32)
+        first = "  ".join(f"{number: .4f}" for number in numbers[:5])
+        table.add_row(str(index), f"{num_tokens}{' (cut)' if cut else ''}", first, f"{np.linalg.norm(numbers):.4f}")
+    console = Console()
+    console.print(table)
+    rows, columns = result.vectors.shape
+    timings = result.timings
+    console.print(
+        f"{rows} x {columns} {result.vectors.dtype} by {result.model}: "
+        f"queued {timings.queued_s:.3f} s, encoded {timings.encode_s:.3f} s, in all {timings.total_s:.3f} s"
+    )
+
+
+def _print_fleet(seen: fleet.FleetInfo) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if seen.suspended:
+        console.print("[yellow]suspended: no worker takes jobs until `rq resume`[/yellow]")
+    if not seen.queues and not seen.workers:
+        console.print("no queues and no workers here yet; `embedq worker` starts one")
+        return
+    queues = Table("queue", "queued", "started", "finished", "failed", "canceled")
+    for queue in seen.queues:
+        counts = (queue.queued, queue.started, queue.finished, queue.failed, queue.canceled)
+        queues.add_row(queue.name, *(f"{count:,}" for count in counts))
+    console.print(queues)
+    workers = Table("worker", "state", "queues", "model", "device", "done", "failed", "on")
+    for worker in seen.workers:
+        workers.add_row(
+            *(worker.name, worker.state, ", ".join(worker.queues), worker.model or "(stock rq)", worker.device),
+            *(f"{worker.jobs_done:,}", f"{worker.jobs_failed:,}", f"{worker.host}:{worker.pid}"),
+        )
+    console.print(workers if seen.workers else "no worker is running; `embedq worker` starts one")

@@ -1,0 +1,100 @@
+"""Reaching Redis: a client from a URL, and redis-py's errors in our words.
+
+Knows how a connection is made and what its failures mean; knows no keys and no jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from embedq.producer.errors import (
+    ConfigurationError,
+    EmbedqError,
+    QueueAccessError,
+    QueueConnectionError,
+    QueueServerError,
+)
+
+DEFAULT_URL = "redis://localhost:6379/0"
+#: Seconds to wait for a connection, and for the answer to any command that doesn't block.
+CONNECT_TIMEOUT_S = 5.0
+SOCKET_TIMEOUT_S = 30.0
+#: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing when they are sent twice.
+RETRIES = 2
+
+
+def connect(url: str, **options: Any) -> redis.Redis:
+    """A client for `redis://`, `rediss://` or `unix://`; nothing is sent yet. Raises ConfigurationError."""
+    scheme = urlsplit(url).scheme
+    if scheme not in ("redis", "rediss", "unix"):
+        raise ConfigurationError(
+            f"{without_secrets(url)!r} is no Redis URL; write redis://HOST:PORT/DB, rediss://... or unix:///PATH"
+        )
+    settings: dict[str, Any] = {
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "health_check_interval": 30,
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
+        **options,
+    }
+    if scheme == "unix":
+        settings.pop("socket_connect_timeout")
+    try:
+        return redis.Redis.from_url(url, **settings)
+    except (ValueError, TypeError) as err:
+        raise ConfigurationError(f"the Redis URL {without_secrets(url)!r} cannot be read: {err}") from err
+
+
+def check_client(client: redis.Redis) -> redis.Redis:
+    """Raises ConfigurationError for a client that would turn our bytes into strings."""
+    if client.connection_pool.connection_kwargs.get("decode_responses"):
+        raise ConfigurationError("the Redis client has decode_responses=True; embeddings are bytes, leave it off")
+    return client
+
+
+def without_secrets(url: str) -> str:
+    """The URL fit for a log: the password replaced."""
+    parts = urlsplit(url)
+    if not parts.password:
+        return url
+    return url.replace(f":{parts.password}@", ":***@", 1)
+
+
+def describe(client: redis.Redis) -> str:
+    """Where a client connects to, without credentials: `localhost:6379/0` or a socket's path."""
+    kwargs = client.connection_pool.connection_kwargs
+    place = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
+    return f"{place}/{kwargs.get('db') or 0}"
+
+
+@contextmanager
+def translated_errors(client: redis.Redis) -> Iterator[None]:
+    """Raises what redis-py raised inside as a QueueConnectionError, QueueAccessError or QueueServerError."""
+    try:
+        yield
+    except redis.RedisError as err:
+        raise translate(err, describe(client)) from err
+
+
+def translate(err: redis.RedisError, place: str) -> EmbedqError:
+    reason = " ".join(str(err).split())
+    if isinstance(err, (redis.AuthenticationError, redis.exceptions.NoPermissionError)) or "NOAUTH" in reason:
+        return QueueAccessError(
+            f"Redis at {place} refuses these credentials ({reason}); put them into the URL: redis://USER:PASSWORD@HOST"
+        )
+    if isinstance(err, redis.exceptions.BusyLoadingError):
+        return QueueConnectionError(f"Redis at {place} is still loading its data; try again in a moment")
+    if isinstance(err, redis.TimeoutError):
+        return QueueConnectionError(f"Redis at {place} does not answer in time ({reason})")
+    if isinstance(err, redis.ConnectionError):
+        return QueueConnectionError(
+            f"no Redis at {place} ({reason}); is it running? `embedq up` starts one, --url or EMBEDQ_URL names another"
+        )
+    return QueueServerError(f"Redis at {place} refused a command: {reason}")

@@ -1,0 +1,82 @@
+"""What a job gives back. Knows numpy arrays only, neither Redis nor bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where a job's time went, in seconds; and how full the largest micro-batch was that served it."""
+
+    queued_s: float = 0.0
+    tokenize_s: float = 0.0
+    encode_s: float = 0.0
+    total_s: float = 0.0
+    batch_texts: int = 0
+    batch_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """The decoded result of one job, in the order of its texts."""
+
+    #: (n, d) in the asked precision; float32 by default
+    vectors: NDArray[np.generic]
+    #: (n,) tokens that the model saw, special tokens included
+    num_tokens: tuple[int, ...]
+    #: (n,) whether the text was longer than the model takes
+    truncated: tuple[bool, ...]
+    #: the model's name; a stand-in says so: `noop:768`
+    model: str
+    #: which weights
+    revision: str = ""
+    #: the worker that published the result
+    worker: str = ""
+    timings: Timings = field(default_factory=Timings)
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Embeddings]) -> Embeddings:
+        """Several jobs' results as one, in the given order; times are summed, `total_s` is the longest."""
+        if len(parts) == 1:
+            return parts[0]
+        import numpy as np
+
+        times = [part.timings for part in parts]
+        return cls(
+            vectors=np.concatenate([part.vectors for part in parts]),
+            num_tokens=tuple(n for part in parts for n in part.num_tokens),
+            truncated=tuple(t for part in parts for t in part.truncated),
+            model=parts[0].model,
+            revision=parts[0].revision,
+            worker=",".join(dict.fromkeys(part.worker for part in parts)),
+            timings=Timings(
+                queued_s=max(t.queued_s for t in times),
+                tokenize_s=sum(t.tokenize_s for t in times),
+                encode_s=sum(t.encode_s for t in times),
+                total_s=max(t.total_s for t in times),
+                batch_texts=max(t.batch_texts for t in times),
+                batch_tokens=max(t.batch_tokens for t in times),
+            ),
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON takes it, vectors as lists of numbers."""
+        return {
+            "vectors": self.vectors.tolist(),
+            "num_tokens": list(self.num_tokens),
+            "truncated": list(self.truncated),
+            "model": self.model,
+            "revision": self.revision,
+            "worker": self.worker,
+            "timings": {name: getattr(self.timings, name) for name in Timings.__dataclass_fields__},
+        }

@@ -1,0 +1,31 @@
+-- Puts one failed or canceled job back on its queue, with its retries restored.
+--
+-- KEYS[1]  the job's hash
+-- KEYS[2]  the set of all queues
+-- ARGV[1]  RQ's key prefix
+-- ARGV[2]  the job id
+-- ARGV[3]  now, as RQ writes a time
+-- ARGV[4]  retries
+-- ARGV[5]  'RPUSH', or 'LPUSH' for the head of the queue
+--
+-- Returns the status found: unless it is failed, stopped or canceled nothing was changed. False if there is no
+-- such job.
+
+local prefix, id = ARGV[1], ARGV[2]
+local fields = redis.call('HMGET', KEYS[1], 'status', 'origin')
+local status, queue = fields[1], fields[2]
+if not status or not queue then
+  return false
+end
+if status ~= 'failed' and status ~= 'stopped' and status ~= 'canceled' then
+  return status
+end
+
+redis.call('ZREM', prefix .. ':failed:' .. queue, id)
+redis.call('ZREM', prefix .. ':canceled:' .. queue, id)
+redis.call('HSET', KEYS[1], 'status', 'queued', 'enqueued_at', ARGV[3], 'started_at', '', 'ended_at', '',
+  'worker_name', '', 'retries_left', ARGV[4])
+redis.call('PERSIST', KEYS[1])
+redis.call('SADD', KEYS[2], prefix .. ':queue:' .. queue)
+redis.call(ARGV[5], prefix .. ':queue:' .. queue, id)
+return status

@@ -1,0 +1,441 @@
+"""The client against a real Redis, and with a worker that serves the stand-in model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import redis
+
+from embedq.model import NoopEncoder
+from embedq.producer import (
+    ConfigurationError,
+    DuplicateJobError,
+    EmbedJob,
+    EmbedQueue,
+    InvalidJobIdError,
+    InvalidOptionError,
+    InvalidTextError,
+    JobCanceledError,
+    JobFailedError,
+    JobNotFoundError,
+    JobStateError,
+    JobStatus,
+    PartialEnqueueError,
+    QueueAccessError,
+    QueueConnectionError,
+    QueueServerError,
+    ResultTimeoutError,
+    keys,
+)
+from embedq.producer import queue as queue_module
+from embedq.producer.connection import connect
+from tests.conftest import Drain
+
+
+def vector(text: str, dim: int = 8) -> np.ndarray:
+    encoder = NoopEncoder(dim)
+    return encoder.postprocess(encoder.encode_tokens(encoder.tokenize([text])))[0]
+
+
+def all_keys(queue: EmbedQueue) -> set[str]:
+    return {key.decode() for key in queue._redis.keys("*")}
+
+
+# --- enqueue and follow
+
+
+def test_a_job_goes_from_queued_to_finished_and_gives_its_vectors(queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue(["one", "two"], dimensions=4)
+    assert job.status() is JobStatus.QUEUED
+    assert queue.depth() == 1
+    drain()
+    assert queue.status(job.id) == "finished"
+    result = job.result(timeout=5)
+    assert result.vectors.shape == (2, 4)
+    assert result.vectors.dtype == np.float32
+    assert result.num_tokens == (3, 3)
+    assert result.model == "noop:8"
+    assert result.timings.total_s >= result.timings.queued_s > 0
+    assert queue.depth() == 0
+
+
+def test_many_jobs_keep_their_order(queue: EmbedQueue, drain: Drain) -> None:
+    texts = [f"text {number}" for number in range(250)]
+    jobs = queue.enqueue_many(iter(texts))
+    drain()
+    found = queue.results([job.id for job in jobs], timeout=5)
+    for text, job in zip(texts, jobs, strict=True):
+        outcome = found[job.id]
+        assert not isinstance(outcome, Exception)
+        np.testing.assert_allclose(outcome.vectors[0], vector(text), atol=1e-7)
+
+
+def test_many_jobs_go_in_bounded_chunks(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "CHUNK_JOBS", 10)
+    jobs = queue.enqueue_many([str(number) for number in range(25)])
+    waiting = queue._redis.lrange(keys.queue("embed"), 0, -1)
+    assert [job.id.encode() for job in jobs] == waiting
+
+
+def test_at_front_keeps_the_order_of_one_call(queue: EmbedQueue) -> None:
+    last = queue.enqueue("last")
+    first, second = queue.enqueue_many(["first", "second"], at_front=True)
+    waiting = queue._redis.lrange(keys.queue("embed"), 0, -1)
+    assert [entry.decode() for entry in waiting] == [first.id, second.id, last.id]
+
+
+def test_no_user_text_stands_in_the_description_unless_asked(queue: EmbedQueue) -> None:
+    job = queue.enqueue("a secret")
+    assert queue._redis.hget(keys.job(job.id), "description") == b"embed 1 text, 8 characters"
+    told = queue.enqueue("a secret", description="nightly run")
+    assert queue._redis.hget(keys.job(told.id), "description") == b"nightly run"
+
+
+def test_embed_waits_and_joins_several_jobs(queue: EmbedQueue, drain: Drain, url: str) -> None:
+    texts = [f"text {number}" for number in range(150)]
+
+    def later() -> None:
+        with EmbedQueue(url) as other:
+            found.append(other.embed(texts, timeout=20))
+
+    found: list = []
+    thread = threading.Thread(target=later)
+    thread.start()
+    while queue.depth() < 3:
+        time.sleep(0.01)
+    drain()
+    thread.join(20)
+    assert found[0].vectors.shape == (150, 8)
+    np.testing.assert_allclose(found[0].vectors[149], vector(texts[149]), atol=1e-7)
+
+
+def test_embed_that_times_out_leaves_nothing_waiting(queue: EmbedQueue) -> None:
+    with pytest.raises(ResultTimeoutError, match=r"no result of job \w+ within 0"):
+        queue.embed([str(number) for number in range(130)], timeout=0.05)
+    assert queue.depth() == 0
+    assert queue._redis.zcard(keys.canceled("embed")) == 3
+
+
+def test_embed_of_bad_input_enqueues_nothing(queue: EmbedQueue) -> None:
+    for texts in ([], ["fine"] * 100 + [None]):
+        with pytest.raises(InvalidTextError):
+            queue.embed(texts)
+    with pytest.raises(InvalidOptionError):
+        queue.embed(["fine"], dimensions=-1)
+    assert all_keys(queue) == set()
+
+
+# --- ids
+
+
+def test_the_same_request_under_the_same_id_is_one_job(queue: EmbedQueue, drain: Drain) -> None:
+    assert queue.enqueue("text", job_id="mine") == queue.enqueue("text", job_id="mine")
+    assert queue.depth() == 1
+    drain()
+    again = queue.enqueue("text", job_id="mine")
+    assert again.status() is JobStatus.FINISHED
+
+
+def test_an_id_that_is_taken_refuses_the_whole_call(queue: EmbedQueue) -> None:
+    queue.enqueue("text", job_id="b")
+    before = all_keys(queue)
+    with pytest.raises(DuplicateJobError, match="job id b is taken") as caught:
+        queue.enqueue_many(["x", "y", "z"], job_ids=["a", "b", "c"])
+    assert caught.value.job_ids == ["b"]
+    assert all_keys(queue) == before
+    assert queue.depth() == 1
+
+
+def test_job_ids_must_fit_the_texts(queue: EmbedQueue) -> None:
+    with pytest.raises(InvalidJobIdError, match="as many job_ids as texts"):
+        queue.enqueue_many(["x", "y"], job_ids=["a"])
+    with pytest.raises(InvalidJobIdError, match="stands twice"):
+        queue.enqueue_many(["x", "y"], job_ids=["a", "a"])
+    with pytest.raises(InvalidJobIdError, match="letters"):
+        queue.enqueue_many(["x"], job_ids=["a b"])
+    with pytest.raises(InvalidTextError, match="takes a list"):
+        queue.enqueue_many("xy")
+    assert all_keys(queue) == set()
+
+
+def test_a_bad_text_late_in_a_stream_enqueues_nothing(queue: EmbedQueue) -> None:
+    def texts() -> Iterator[str]:
+        yield from ("fine" for _ in range(3000))
+        yield 7  # type: ignore[misc]
+
+    with pytest.raises(InvalidTextError, match="text 3000 is int") as caught:
+        queue.enqueue_many(texts())
+    assert caught.value.text_index == 3000
+    assert all_keys(queue) == set()
+
+
+def test_a_connection_that_breaks_between_chunks_names_the_jobs_that_got_through(
+    queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_module, "CHUNK_JOBS", 2)
+    push, calls = queue._push, []
+
+    def breaks_later(*args: object) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise QueueConnectionError("gone")
+        push(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(queue, "_push", breaks_later)
+    with pytest.raises(PartialEnqueueError, match="4 of 7 jobs are enqueued; then: gone") as caught:
+        queue.enqueue_many([str(number) for number in range(7)])
+    assert [job.status() for job in caught.value.jobs] == [JobStatus.QUEUED] * 4
+    assert queue.depth() == 4
+
+
+# --- waiting
+
+
+def test_a_waiting_caller_is_woken_by_the_result(queue: EmbedQueue, drain: Drain, url: str) -> None:
+    job = queue.enqueue("text")
+    woken: list[float] = []
+
+    def wait() -> None:
+        with EmbedQueue(url) as other:
+            other.result(job.id, timeout=20)
+            woken.append(time.monotonic())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.2)
+    drain()
+    thread.join(20)
+    assert woken
+
+
+def test_a_result_that_is_not_there_in_time_is_a_timeout_and_the_job_goes_on(queue: EmbedQueue) -> None:
+    job = queue.enqueue("text")
+    with pytest.raises(ResultTimeoutError) as caught:
+        job.result(timeout=0)
+    assert isinstance(caught.value, TimeoutError)
+    assert job.status() is JobStatus.QUEUED
+
+
+def test_results_of_many_jobs_come_with_their_errors(queue: EmbedQueue, drain: Drain) -> None:
+    good = queue.enqueue("text")
+    bad = queue.enqueue("text", dimensions=9)
+    canceled = queue.enqueue("text")
+    canceled.cancel()
+    drain()
+    waiting = queue.enqueue("text")
+    found = queue.results([good.id, bad.id, canceled.id, waiting.id, "never"], timeout=0)
+    kinds = [type(found[job_id]).__name__ for job_id in (good.id, bad.id, canceled.id, waiting.id, "never")]
+    assert kinds == ["Embeddings", "JobFailedError", "JobCanceledError", "ResultTimeoutError", "JobNotFoundError"]
+
+
+def test_more_jobs_than_are_watched_at_once(queue: EmbedQueue, drain: Drain, url: str) -> None:
+    jobs = queue.enqueue_many([str(number) for number in range(400)])
+    found: dict = {}
+
+    def wait() -> None:
+        with EmbedQueue(url) as other:
+            found.update(other.results([job.id for job in jobs], timeout=20))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    drain()
+    thread.join(20)
+    assert len(found) == 400
+    assert all(len(outcome.vectors) == 1 for outcome in found.values())
+
+
+def test_an_unknown_job_is_not_found_at_once(queue: EmbedQueue) -> None:
+    for ask in (queue.status, queue.job, queue.result, queue.cancel, queue.requeue):
+        with pytest.raises(JobNotFoundError, match="there is no job nowhere"):
+            ask("nowhere")
+    assert queue.statuses(["nowhere"]) == {"nowhere": None}
+
+
+def test_an_expired_result_is_not_found(queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue("text")
+    drain()
+    queue._redis.delete(keys.results(job.id))
+    with pytest.raises(JobNotFoundError, match="has expired"):
+        job.result()
+
+
+def test_results_and_failures_expire_and_a_ttl_of_zero_keeps_nothing(queue: EmbedQueue, drain: Drain) -> None:
+    kept = queue.enqueue("text", result_ttl=100)
+    failed = queue.enqueue("text", dimensions=9, failure_ttl=50)
+    forever = queue.enqueue("text", result_ttl=-1)
+    gone = queue.enqueue("text", result_ttl=0)
+    drain()
+    ttl = queue._redis.ttl
+    assert 90 < ttl(keys.job(kept.id)) <= 100
+    assert 90 < ttl(keys.results(kept.id)) <= 100
+    assert 40 < ttl(keys.job(failed.id)) <= 50
+    assert ttl(keys.job(forever.id)) == ttl(keys.results(forever.id)) == -1
+    assert queue.statuses([gone.id]) == {gone.id: None}
+    assert not queue._redis.exists(keys.results(gone.id))
+
+
+def test_a_waiting_job_vanishes_after_its_ttl(queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue("text", ttl=1)
+    assert queue._redis.ttl(keys.job(job.id)) == 1
+    queue._redis.delete(keys.job(job.id))  # what the server does a second later
+    assert drain().successful_job_count == 0
+    assert queue.depth() == 0
+
+
+# --- cancel and requeue
+
+
+def test_cancel_before_the_start(queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue("text")
+    assert job.cancel() is True
+    assert job.cancel() is False
+    assert queue.depth() == 0
+    assert drain().successful_job_count == 0
+    with pytest.raises(JobCanceledError):
+        job.result()
+    assert queue._redis.ttl(keys.job(job.id)) > 0
+
+
+def test_cancel_wakes_whoever_waits(queue: EmbedQueue, url: str) -> None:
+    job = queue.enqueue("text")
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        with EmbedQueue(url) as other:
+            try:
+                other.result(job.id, timeout=20)
+            except JobCanceledError as err:
+                caught.append(err)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.2)
+    began_at = time.monotonic()
+    job.cancel()
+    thread.join(20)
+    assert caught
+    assert time.monotonic() - began_at < 1.5  # sooner than the look at statuses every two seconds
+
+
+def test_a_finished_job_is_not_canceled(queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue("text")
+    drain()
+    assert job.cancel() is False
+    assert job.status() is JobStatus.FINISHED
+
+
+def test_a_failed_job_can_be_requeued_and_then_finishes(queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue("text", model="another")
+    drain()
+    with pytest.raises(JobFailedError) as caught:
+        job.result()
+    assert caught.value.code == "wrong_model"
+    assert caught.value.retryable is False
+    queue._redis.hset(
+        keys.job(job.id), "data", queue_module.wire.encode_request(["text"], queue_module.split_keywords({})[0])
+    )
+    job.requeue()
+    assert job.status() is JobStatus.QUEUED
+    assert queue._redis.zcard(keys.failed("embed")) == 0
+    assert queue._redis.ttl(keys.job(job.id)) == -1
+    drain()
+    assert len(job.result().vectors) == 1
+
+
+def test_only_what_failed_or_was_canceled_is_requeued(queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue("text")
+    with pytest.raises(JobStateError, match="is queued; only a failed or canceled job"):
+        job.requeue()
+    job.cancel()
+    other = queue.enqueue("other")
+    job.requeue(at_front=True)
+    assert queue._redis.lrange(keys.queue("embed"), 0, -1) == [job.id.encode(), other.id.encode()]
+    drain()
+    with pytest.raises(JobStateError, match="is finished"):
+        job.requeue()
+
+
+# --- connections
+
+
+def test_a_url_that_cannot_be_is_a_configuration_error() -> None:
+    for url in ("localhost:6379", "http://localhost", "", "redis://localhost:port"):
+        with pytest.raises(ConfigurationError):
+            EmbedQueue(url or "x")
+    with pytest.raises(ConfigurationError, match="not both"):
+        EmbedQueue("redis://localhost", connection=redis.Redis())
+    with pytest.raises(ConfigurationError, match="decode_responses"):
+        EmbedQueue(connection=redis.Redis(decode_responses=True))
+    with pytest.raises(ConfigurationError, match="queue's name"):
+        EmbedQueue(queue="")
+
+
+def test_a_password_in_a_url_never_reaches_a_message() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        EmbedQueue("redys://me:s3cret@host")
+    assert "s3cret" not in str(caught.value)
+    with pytest.raises(QueueConnectionError) as refused:
+        EmbedQueue("redis://me:s3cret@127.0.0.1:1").depth()
+    assert "s3cret" not in str(refused.value)
+
+
+def test_an_unreachable_redis_says_where_and_what_to_do() -> None:
+    with EmbedQueue("redis://127.0.0.1:1/0") as nobody:
+        for ask in (nobody.depth, lambda: nobody.enqueue("a"), lambda: nobody.status("a"), lambda: nobody.result("a")):
+            with pytest.raises(
+                QueueConnectionError, match=r"no Redis at 127\.0\.0\.1:1/0 .* is it running\?"
+            ) as caught:
+                ask()
+            assert "\n" not in str(caught.value)
+            assert caught.value.retryable
+
+
+def test_a_redis_that_asks_for_a_password_says_so(queue: EmbedQueue, url: str) -> None:
+    queue._redis.config_set("requirepass", "s3cret")
+    try:
+        with EmbedQueue(url) as stranger, pytest.raises(QueueAccessError, match="refuses these credentials") as caught:
+            stranger.enqueue("text")
+        assert not caught.value.retryable
+        with EmbedQueue(connection=connect(url, password="s3cret")) as friend:
+            assert friend.depth() == 0
+    finally:
+        with connect(url, password="s3cret") as admin:
+            admin.config_set("requirepass", "")
+
+
+def test_a_redis_out_of_memory_refuses_and_keeps_nothing_half_done(queue: EmbedQueue) -> None:
+    queue.enqueue("text")  # the script is loaded
+    queue._redis.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(QueueServerError, match="OOM"):
+            queue.enqueue_many(["a", "b"])
+    finally:
+        queue._redis.config_set("maxmemory", "0")
+    assert queue.depth() == 1
+
+
+def test_a_connection_of_the_callers_own_stays_open(url: str) -> None:
+    with connect(url) as client:
+        with EmbedQueue(connection=client, queue="mine") as queue:
+            job = queue.enqueue("text")
+        assert client.llen(keys.queue("mine")) == 1
+        assert repr(job) == f"EmbedJob({job.id!r})"
+        assert len({job, EmbedJob(job.id, queue)}) == 1
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_both_redis_protocols_do(url: str, drain: Drain, protocol: int) -> None:
+    with EmbedQueue(connection=connect(url, protocol=protocol)) as queue:
+        done = queue.enqueue("text")
+        drain()
+        assert done.result().model == "noop:8"
+        waiting = queue.enqueue("other")
+        timer = threading.Timer(0.2, waiting.cancel)
+        timer.start()
+        with pytest.raises(JobCanceledError):
+            waiting.result(timeout=10)
+        timer.join()
