@@ -1,0 +1,236 @@
+"""The worker's scripts against every Redis at hand: leases, fencing, idempotence, recovery, nothing left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from embedq.producer import EmbedQueue, JobFailedError, JobStatus, keys
+from embedq.worker.claims import Claim, ClaimStore, Outcome
+
+LEASE_S = 30.0
+MANY = 10**9
+
+
+@pytest.fixture
+def queue(each_url: str) -> Iterator[EmbedQueue]:
+    with EmbedQueue(each_url) as client:
+        yield client
+
+
+@pytest.fixture
+def store(queue: EmbedQueue) -> ClaimStore:
+    return ClaimStore(queue._client, "w1", LEASE_S)
+
+
+def claim(store: ClaimStore, *queues: str, max_jobs: int = 100, max_bytes: int = MANY) -> list[Claim]:
+    return store.claim(queues or ["embed"], max_jobs, max_bytes).claims
+
+
+def done(claim: Claim) -> Outcome:
+    return Outcome.finished(claim, b"result", 0.5)
+
+
+def failed(claim: Claim, retryable: bool = False) -> Outcome:
+    return Outcome.failed(claim, JobFailedError("broken", code="broken", retryable=retryable))
+
+
+def leftovers(queue: EmbedQueue) -> set[str]:
+    """Keys of executions: none may outlive its job's end."""
+    patterns = ("*execution*", "*:wip:*")
+    return {key.decode() for pattern in patterns for key in queue._redis.keys(pattern)}
+
+
+def test_a_claim_is_a_lease_in_rqs_own_records(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    before = time.time()
+    [claimed] = claim(store)
+    assert (claimed.queue, claimed.job_id) == ("embed", job.id)
+    assert claimed.queued_s >= 0
+    fields = queue._redis.hgetall(keys.job(job.id))
+    assert fields[b"status"] == b"started"
+    assert fields[b"worker_name"] == b"w1"
+    assert fields[b"data"] == claimed.data
+    pair = f"{job.id}:{claimed.execution_id}"
+    lease_end = queue._redis.zscore(keys.started("embed"), pair)
+    assert before + LEASE_S - 1 <= lease_end <= time.time() + LEASE_S + 1
+    assert queue._redis.smembers(keys.worker_executions("w1")) == {pair.encode()}
+    assert queue._redis.hget(keys.execution(job.id, claimed.execution_id), "worker_name") == b"w1"
+    assert queue._redis.zrange(keys.executions(job.id), 0, -1) == [claimed.execution_id.encode()]
+    assert queue.depth() == 0
+
+
+def test_queues_are_claimed_in_order_within_the_budget(queue: EmbedQueue, store: ClaimStore) -> None:
+    with EmbedQueue(connection=queue._client, queue="urgent") as urgent:
+        slow = queue.enqueue_many(["a", "b"])
+        fast = urgent.enqueue_many(["c", "d"])
+    assert [c.job_id for c in claim(store, "urgent", "embed", max_jobs=3)] == [*(j.id for j in fast), slow[0].id]
+    assert [c.job_id for c in claim(store, "urgent", "embed")] == [slow[1].id]
+    assert claim(store, "urgent", "embed") == []
+
+
+def test_a_claim_stops_once_it_has_enough_bytes_but_takes_one_job_always(queue: EmbedQueue, store: ClaimStore) -> None:
+    queue.enqueue_many(["text " * 50 + str(number) for number in range(5)])
+    first = claim(store, max_bytes=1)
+    assert len(first) == 1
+    assert len(claim(store, max_bytes=2 * len(first[0].data))) == 2
+
+
+def test_what_is_no_waiting_job_is_dropped_from_the_queue(queue: EmbedQueue, store: ClaimStore) -> None:
+    job, twice = queue.enqueue_many(["a", "b"])
+    queue._redis.set(keys.job("a-string"), "not a hash")
+    for stray in ("vanished", "a-string", twice.id):
+        queue._redis.rpush(keys.queue("embed"), stray)
+    assert [c.job_id for c in claim(store)] == [job.id, twice.id]
+    assert queue.depth() == 0
+
+
+def test_a_hash_without_data_is_claimed_so_that_it_can_fail(queue: EmbedQueue, store: ClaimStore) -> None:
+    queue._redis.hset(keys.job("broken"), mapping={"status": "queued", "origin": "embed"})
+    queue._redis.rpush(keys.queue("embed"), "broken")
+    [claimed] = claim(store)
+    assert (claimed.job_id, claimed.data, claimed.queued_s) == ("broken", b"", 0.0)
+
+
+def test_nothing_is_claimed_while_rq_is_suspended(queue: EmbedQueue, store: ClaimStore) -> None:
+    queue.enqueue("text")
+    queue._redis.set(keys.SUSPENDED, 1)
+    assert store.claim(["embed"], 10, MANY).suspended
+    assert queue.depth() == 1
+
+
+def test_publishing_ends_a_job_once_and_leaves_no_execution(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    claims = claim(store)
+    for _ in range(3):  # as if the reply had been lost
+        assert store.publish([done(claims[0])]) == []
+    assert job.status() is JobStatus.FINISHED
+    assert queue._redis.xlen(keys.results(job.id)) == 1
+    assert queue._redis.zcard(keys.finished("embed")) == 1
+    assert leftovers(queue) == set()
+
+
+def test_a_failure_without_retries_is_in_the_failed_registry(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text", retries=0)
+    store.publish([failed(claim(store)[0], retryable=True)])
+    assert job.status() is JobStatus.FAILED
+    assert queue._redis.zscore(keys.failed("embed"), job.id) > time.time()
+    assert leftovers(queue) == set()
+    with pytest.raises(JobFailedError) as caught:
+        job.result(timeout=0)
+    assert caught.value.code == "broken"
+
+
+def test_a_retryable_failure_waits_again_until_its_retries_are_used_up(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text", retries=2, ttl=500)
+    for left in (1, 0):
+        store.publish([failed(claim(store)[0], retryable=True)])
+        assert job.status() is JobStatus.QUEUED
+        assert queue._redis.hget(keys.job(job.id), "retries_left") == str(left).encode()
+        assert queue._redis.ttl(keys.job(job.id)) > 0
+        assert not queue._redis.exists(keys.results(job.id))
+    store.publish([failed(claim(store)[0], retryable=True)])
+    assert job.status() is JobStatus.FAILED
+    assert leftovers(queue) == set()
+
+
+def test_a_failure_that_no_retry_can_mend_fails_at_once(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text", retries=3)
+    store.publish([failed(claim(store)[0], retryable=False)])
+    assert job.status() is JobStatus.FAILED
+
+
+def test_a_worker_that_lost_its_hold_changes_nothing(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    [old] = claim(store)
+    queue._redis.zadd(keys.started("embed"), {f"{job.id}:{old.execution_id}": 1})  # the lease ran out
+    other = ClaimStore(queue._client, "w2", LEASE_S)
+    assert other.recover("embed") == (1, [])
+    [new] = claim(other)
+    assert store.renew([old], 60) == [old]
+    store.publish([done(old)])
+    assert store.release([old]) == 0
+    assert job.status() is JobStatus.STARTED
+    assert queue._redis.hget(keys.job(job.id), "worker_name") == b"w2"
+    assert not queue._redis.exists(keys.results(job.id))
+    other.publish([done(new)])
+    assert job.status() is JobStatus.FINISHED
+    assert queue._redis.xlen(keys.results(job.id)) == 1
+    assert leftovers(queue) == set()
+
+
+def test_a_job_canceled_while_it_runs_stays_canceled(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    [claimed] = claim(store)
+    assert job.cancel() is True
+    assert store.renew([claimed], 60) == [claimed]
+    store.publish([done(claimed)])
+    assert job.status() is JobStatus.CANCELED
+    assert leftovers(queue) == set()
+
+
+def test_released_jobs_are_at_the_head_again_in_their_order(queue: EmbedQueue, store: ClaimStore) -> None:
+    jobs = queue.enqueue_many([str(number) for number in range(4)], ttl=500)
+    claims = claim(store, max_jobs=3)
+    assert queue._redis.ttl(keys.job(jobs[0].id)) == -1
+    assert store.release(claims) == 3
+    waiting = [entry.decode() for entry in queue._redis.lrange(keys.queue("embed"), 0, -1)]
+    assert waiting == [job.id for job in jobs]
+    assert jobs[0].status() is JobStatus.QUEUED
+    assert queue._redis.ttl(keys.job(jobs[0].id)) > 0
+    assert store.release(claims) == 0
+    assert store.release([]) == 0
+    assert leftovers(queue) == set()
+
+
+def test_renewing_moves_the_end_of_the_lease(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    claims = claim(store)
+    pair = f"{job.id}:{claims[0].execution_id}"
+    queue._redis.zadd(keys.started("embed"), {pair: time.time() + 1})
+    assert store.renew(claims, 60) == []
+    assert queue._redis.zscore(keys.started("embed"), pair) > time.time() + LEASE_S - 5
+    assert store.renew([], 60) == []
+
+
+def test_a_heartbeat_does_not_bring_back_a_worker_that_is_gone(queue: EmbedQueue, store: ClaimStore) -> None:
+    queue.enqueue("text")
+    claims = claim(store)
+    store.renew(claims, 60)
+    store.publish([done(claims[0])])
+    assert not queue._redis.exists(keys.worker("w1"))
+
+
+def test_abandoned_jobs_wait_again_until_their_retries_are_used_up(queue: EmbedQueue, store: ClaimStore) -> None:
+    again, last = queue.enqueue("a", retries=1), queue.enqueue("b", retries=0)
+    for claimed in claim(store):
+        queue._redis.zadd(keys.started("embed"), {f"{claimed.job_id}:{claimed.execution_id}": 1})
+    assert store.recover("embed") == (1, [last.id])
+    assert store.recover("embed") == (0, [])
+    assert again.status() is JobStatus.QUEUED
+    with pytest.raises(JobFailedError, match="a worker died with the job in hand") as caught:
+        last.result(timeout=0)
+    assert caught.value.code == JobFailedError.ABANDONED
+    assert leftovers(queue) == set()
+
+
+def test_a_living_lease_and_a_stock_workers_execution_are_left_alone(queue: EmbedQueue, store: ClaimStore) -> None:
+    queue.enqueue("text")
+    claim(store)
+    queue._redis.zadd(keys.started("embed"), {"theirs:0123abcd": 1, "no-pair": 1})
+    assert store.recover("embed") == (0, [])
+    assert queue._redis.zcard(keys.started("embed")) == 3
+
+
+def test_counters_of_a_live_worker_are_whole_numbers(queue: EmbedQueue, store: ClaimStore) -> None:
+    queue._redis.hset(keys.worker("w1"), "birth", "today")
+    queue.enqueue_many(["a", "b", "c"], retries=0)
+    first, *others = claim(store)
+    store.publish([failed(first), *map(done, others)])
+    fields = queue._redis.hgetall(keys.worker("w1"))
+    assert int(fields[b"successful_job_count"]) == 2
+    assert int(fields[b"failed_job_count"]) == 1
+    assert float(fields[b"total_working_time"]) == pytest.approx(1.0)
+    assert fields[b"state"] == b"busy"

@@ -1,0 +1,343 @@
+"""The worker as a process: what it does with jobs, bad jobs, signals, sudden death and a Redis that goes away."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from rq.job import Job
+
+from embedq.producer import EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
+from embedq.producer.connection import connect
+from embedq.worker import EmbedWorker, WorkerSettings
+from embedq.worker.redis_server import RedisServer
+from embedq.worker.waiting import QueueWaiter
+from tests.conftest import Drain
+
+Start = Callable[..., subprocess.Popen[str]]
+
+EMBEDQ = (sys.executable, "-m", "embedq.worker.cli")
+
+
+@pytest.fixture
+def start(url: str) -> Iterator[Start]:
+    """`start("embed", "--lease-s", "1")` runs `embedq worker` with the stand-in; ended after the test."""
+    running: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str, at: str = url, program: Sequence[str] = EMBEDQ) -> subprocess.Popen[str]:
+        command = [*program, "worker", "--url", at, "--model", "noop:8", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+        process.communicate(timeout=20)
+
+
+@pytest.fixture
+def hanging_device(short_path: Path) -> list[str]:
+    """`embedq` with a device that takes 20 s for a micro-batch."""
+    script = short_path / "hanging.py"
+    script.write_text(
+        "import time\n"
+        "from embedq.model import NoopEncoder\n"
+        "from embedq.worker.cli import main\n"
+        "NoopEncoder.encode_tokens = lambda self, batch: time.sleep(20)\n"
+        "main()\n"
+    )
+    return [sys.executable, str(script)]
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        time.sleep(0.01)
+
+
+def finished(queue: EmbedQueue) -> int:
+    return int(queue._redis.zcard(keys.finished("embed")))
+
+
+def workers(queue: EmbedQueue) -> int:
+    return int(queue._redis.scard(keys.WORKERS))
+
+
+# --- jobs
+
+
+def test_jobs_of_many_kinds_share_micro_batches(queue: EmbedQueue, drain: Drain) -> None:
+    small = queue.enqueue_many(["a", "b"])
+    large = queue.enqueue([str(n) for n in range(300)], precision="float16")
+    worker = drain()
+    assert worker.successful_job_count == 3
+    timings = large.result().timings
+    assert timings.batch_texts == 302
+    assert small[0].result().timings.batch_texts == 302
+    assert large.result().worker == worker.name
+
+
+def test_a_payload_that_cannot_be_read_fails_alone(queue: EmbedQueue, drain: Drain) -> None:
+    good = queue.enqueue_many(["a", "b"])
+    bad = queue.enqueue("c")
+    queue._redis.hset(keys.job(bad.id), "data", b"\x80\x04\x95nonsense")
+    hollow = queue.enqueue("d")
+    queue._redis.hdel(keys.job(hollow.id), "data")
+    drain()
+    assert [job.status() for job in good] == [JobStatus.FINISHED] * 2
+    for job in (bad, hollow):
+        with pytest.raises(JobFailedError) as caught:
+            job.result(timeout=0)
+        assert caught.value.code == "bad_payload"
+        assert not caught.value.retryable
+
+
+def test_urgent_queues_come_first(queue: EmbedQueue, drain: Drain) -> None:
+    with EmbedQueue(connection=queue._client, queue="urgent") as urgent:
+        slow, fast = queue.enqueue("slow"), urgent.enqueue("fast")
+    drain("urgent", "embed", max_jobs=1)
+    assert (fast.status(), slow.status()) == (JobStatus.FINISHED, JobStatus.QUEUED)
+
+
+def test_max_jobs_is_kept(queue: EmbedQueue, drain: Drain) -> None:
+    queue.enqueue_many([str(n) for n in range(10)])
+    drain(max_jobs=4)
+    assert queue.depth() == 6
+
+
+def test_a_finished_worker_leaves_nothing_but_results(queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue("text")
+    worker = drain()
+    left = {key.decode() for key in queue._redis.keys("*")}
+    expiring = {keys.worker(worker.name), keys.job(job.id), keys.results(job.id), f"{keys.PREFIX}:clean_groups"}
+    assert left == {keys.QUEUES, keys.finished("embed")} | expiring
+    assert all(queue._redis.ttl(key) > 0 for key in expiring)
+
+
+@pytest.mark.parametrize("result_ttl", [500, 0])
+def test_jobs_that_depend_on_ours_are_enqueued_when_it_ends(queue: EmbedQueue, drain: Drain, result_ttl: int) -> None:
+    from rq import Queue
+
+    first = queue.enqueue("text", result_ttl=result_ttl)
+    theirs = Queue("embed", connection=queue._client, serializer=EmbedSerializer)
+    second = theirs.enqueue("embedq.worker.tasks.embed", kwargs={"texts": ["after"]}, depends_on=first.id)
+    assert second.get_status() == "deferred"
+    drain()
+    assert Job.fetch(second.id, connection=queue._client, serializer=EmbedSerializer).get_status() == "finished"
+    assert queue.result(second.id).num_tokens == (3,)
+
+
+# --- idle, suspended, stopped
+
+
+def test_an_idle_worker_wakes_at_once_when_a_job_comes(queue: EmbedQueue, start: Start) -> None:
+    start("embed", "other")
+    until(lambda: workers(queue))
+    time.sleep(0.5)
+    with EmbedQueue(connection=queue._client, queue="other") as other:
+        for client in (queue, other, queue):
+            began_at = time.monotonic()
+            client.embed("text", timeout=20)
+            assert time.monotonic() - began_at < 5  # not the 15 s after which it would look by itself
+
+
+def test_sigterm_ends_an_idle_worker_at_once(queue: EmbedQueue, start: Start) -> None:
+    worker = start()
+    until(lambda: workers(queue))
+    time.sleep(0.3)
+    worker.terminate()
+    output, _ = worker.communicate(timeout=10)
+    assert worker.returncode == 0, output
+    assert workers(queue) == 0
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_publishes_what_is_done_and_gives_the_rest_back_in_order(
+    queue: EmbedQueue, start: Start, number: signal.Signals
+) -> None:
+    jobs = queue.enqueue_many([f"text {n}" for n in range(20_000)])
+    worker = start("--max-batch-tokens", "8", "--max-claim-jobs", "20000")
+    until(lambda: finished(queue) > 5)
+    worker.send_signal(number)
+    output, _ = worker.communicate(timeout=20)
+    assert worker.returncode == 0, output
+    done = finished(queue)
+    waiting = [entry.decode() for entry in queue._redis.lrange(keys.queue("embed"), 0, -1)]
+    assert 5 < done < len(jobs)
+    assert done + len(waiting) == len(jobs)
+    order = {job.id: place for place, job in enumerate(jobs)}
+    assert [order[job_id] for job_id in waiting] == sorted(order[job_id] for job_id in waiting)
+    assert queue._redis.keys("*execution*") == []
+    assert queue._redis.zcard(keys.started("embed")) == 0
+
+
+def test_a_killed_workers_jobs_are_done_by_another_after_the_lease(queue: EmbedQueue, start: Start) -> None:
+    jobs = queue.enqueue_many([f"text {n}" for n in range(2_000)])
+    first = start("--max-batch-tokens", "8", "--lease-s", "1", "--max-claim-jobs", "1500")
+    until(lambda: finished(queue) > 5)
+    first.kill()
+    first.wait(10)
+    start("--lease-s", "1")
+    until(lambda: finished(queue) == len(jobs), timeout_s=30)
+    assert {job.status() for job in jobs} == {JobStatus.FINISHED}
+    assert all(queue._redis.xlen(keys.results(job.id)) == 1 for job in jobs)
+    assert queue._redis.zcard(keys.started("embed")) == 0
+
+
+def test_a_worker_that_sleeps_past_its_lease_changes_nothing_afterwards(queue: EmbedQueue, start: Start) -> None:
+    jobs = queue.enqueue_many([f"text {n}" for n in range(3_000)])
+    sleeper = start("--max-batch-tokens", "8", "--lease-s", "1", "--max-claim-jobs", "3000")
+    until(lambda: finished(queue) > 5)
+    sleeper.send_signal(signal.SIGSTOP)
+    start("--lease-s", "1")
+    until(lambda: finished(queue) == len(jobs), timeout_s=30)
+    sleeper.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    sleeper.terminate()
+    sleeper.communicate(timeout=20)
+    assert all(queue._redis.xlen(keys.results(job.id)) == 1 for job in jobs)
+    assert {job.status() for job in jobs} == {JobStatus.FINISHED}
+
+
+def test_suspended_workers_wait_and_resume(queue: EmbedQueue, start: Start) -> None:
+    queue._redis.set(keys.SUSPENDED, 1)
+    start()
+    until(lambda: workers(queue))
+    job = queue.enqueue("text")
+    time.sleep(1.0)
+    assert job.status() is JobStatus.QUEUED
+    queue._redis.delete(keys.SUSPENDED)
+    assert len(job.result(timeout=20)) == 1
+
+
+def test_a_worker_outlives_a_restart_of_redis(short_path: Path, start: Start) -> None:
+    server = RedisServer(short_path, durable=True)
+    with server, EmbedQueue(server.url) as queue:
+        worker = start(at=server.url)
+        until(lambda: workers(queue))
+        assert len(queue.embed("before", timeout=20)) == 1
+        server.stop()
+        time.sleep(0.3)
+        server.start()
+        assert len(queue.embed("after", timeout=20)) == 1
+        worker.terminate()
+        output, _ = worker.communicate(timeout=20)
+        assert worker.returncode == 0, output
+        assert "trying again" in output
+
+
+def test_log_lines_are_json_if_asked(queue: EmbedQueue, start: Start) -> None:
+    queue.enqueue("a secret text")
+    output, _ = start("--burst", "--log-format", "json").communicate(timeout=20)
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert any(line["message"].startswith("micro-batch: 1 texts of 1 jobs") for line in lines)
+    assert "secret" not in output
+
+
+# --- what the parts promise
+
+
+def test_a_worker_that_is_only_looked_at_loads_nothing(queue: EmbedQueue, start: Start) -> None:
+    start()
+    until(lambda: workers(queue))
+    [seen] = EmbedWorker.all(connection=queue._client)
+    assert isinstance(seen, EmbedWorker)
+    assert seen.queue_names() == ["embed"]
+    assert not hasattr(seen, "engine")
+
+
+def test_the_waiter_wakes_for_jobs_for_wake_and_for_time(queue: EmbedQueue) -> None:
+    waiter = QueueWaiter(queue._client, [keys.queue("embed"), keys.queue("other")])
+    try:
+        began_at = time.monotonic()
+        waiter.wait(0.2)
+        assert 0.2 <= time.monotonic() - began_at < 2
+        waiter.wake()
+        waiter.wait(20)
+        queue._redis.rpush(keys.queue("other"), "id")
+        waiter.wait(20)
+        assert time.monotonic() - began_at < 10
+        assert queue._redis.lrange(keys.queue("other"), 0, -1) == [b"id"]
+    finally:
+        waiter.close()
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {
+        "EMBEDQ_MODEL": "noop:4",
+        "EMBEDQ_LEASE_S": "5",
+        "EMBEDQ_MAX_BATCH_TOKENS": "99",
+        "EMBEDQ_DEVICE": "",
+    }
+    settings = WorkerSettings.from_environment(environment)
+    assert settings == WorkerSettings(model="noop:4", lease_s=5.0, max_batch_tokens=99)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"EMBEDQ_LEASE_S": "soon"}, "EMBEDQ_LEASE_S='soon' is not a number"),
+        ({"EMBEDQ_LEASE_S": "0"}, "lease_s must be 1 to 86400 seconds, not 0"),
+        ({"EMBEDQ_GRACE_S": "-1"}, "grace_s must be 0 to 86400"),
+        ({"EMBEDQ_MAX_BATCH_TOKENS": "0"}, "max_batch_tokens must be 1 or more"),
+        ({"EMBEDQ_MAX_CLAIM_JOBS": "0"}, "max_claim_jobs must be 1 or more"),
+        ({"EMBEDQ_LOG_FORMAT": "xml"}, "log_format must be text or json"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(environment: dict[str, str], message: str) -> None:
+    from embedq.producer import ConfigurationError
+
+    with pytest.raises(ConfigurationError, match=message):
+        WorkerSettings.from_environment(environment)
+
+
+def test_a_grace_that_is_too_short_gives_the_jobs_back_and_says_so(
+    queue: EmbedQueue, start: Start, hanging_device: list[str]
+) -> None:
+    job = queue.enqueue("text")
+    worker = start("--grace-s", "0.5", program=hanging_device)
+    until(lambda: job.status() is JobStatus.STARTED)
+    worker.terminate()
+    output, _ = worker.communicate(timeout=15)
+    assert worker.returncode == 3, output
+    assert "not done within the grace of 0.5 s" in output
+    assert job.status() is JobStatus.QUEUED
+    assert workers(queue) == 0
+
+
+def test_a_second_signal_leaves_at_once_and_gives_the_jobs_back(
+    queue: EmbedQueue, start: Start, hanging_device: list[str]
+) -> None:
+    job = queue.enqueue("text")
+    worker = start(program=hanging_device)
+    until(lambda: job.status() is JobStatus.STARTED)
+    worker.terminate()
+    time.sleep(1.3)
+    worker.terminate()
+    output, _ = worker.communicate(timeout=15)
+    assert worker.returncode == 128 + signal.SIGTERM, output
+    assert job.status() is JobStatus.QUEUED
+
+
+def test_a_wrong_password_ends_the_worker_with_one_line(queue: EmbedQueue, url: str, start: Start) -> None:
+    queue._redis.config_set("requirepass", "s3cret")
+    try:
+        worker = start()
+        output, _ = worker.communicate(timeout=20)
+    finally:
+        with connect(url, password="s3cret") as admin:
+            admin.config_set("requirepass", "")
+    assert worker.returncode == 5
+    assert output.startswith("error: Redis at ")
+    assert len(output.splitlines()) == 1

@@ -1,0 +1,165 @@
+"""The worker's half of the Redis protocol: claim, publish, release, renew, recover.
+
+Knows the scripts and what they take; each runs in one step on the server. Knows nothing of texts or models.
+Every method raises redis-py's errors; each call may be sent again after a lost connection.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import redis
+
+from embedq.producer import keys, scripts, wire
+from embedq.producer.errors import JobFailedError
+from embedq.producer.options import FAILURE_TTL_S, RESULT_TTL_S
+from embedq.producer.queue import format_time
+
+#: What our execution ids begin with, so that recovery tells them from a stock worker's.
+EXECUTION_MARK = "embedq"
+#: Leases taken back in one call.
+RECOVER_JOBS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One job leased to this worker."""
+
+    queue: str
+    job_id: str
+    execution_id: str
+    #: RQ's `data` field as it stands in Redis; empty if the hash has none
+    data: bytes
+    #: seconds from enqueueing to the claim
+    queued_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What one call of claim.lua brought."""
+
+    claims: list[Claim]
+    #: `rq suspend` is in force; nothing was claimed
+    suspended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one claim."""
+
+    claim: Claim
+    kind: Literal["finished", "failed", "retry"]
+    #: serialized result, or the reason as RQ stores it
+    payload: bytes
+    working_s: float = 0.0
+
+    @classmethod
+    def finished(cls, claim: Claim, result: bytes, working_s: float) -> Outcome:
+        return cls(claim, "finished", base64.b64encode(result), working_s)
+
+    @classmethod
+    def failed(cls, claim: Claim, failure: JobFailedError) -> Outcome:
+        return cls(claim, "retry" if failure.retryable else "failed", wire.encode_exc_string(failure))
+
+
+class ClaimStore:
+    """One worker's claims in Redis."""
+
+    def __init__(self, client: redis.Redis, worker_name: str, lease_s: float) -> None:
+        self.worker_name = worker_name
+        self.lease_s = lease_s
+        package = __package__ or "embedq.worker"
+        prelude = scripts.source(package, "common")
+        self._claim = scripts.load(client, package, "claim", prelude)
+        self._finish = scripts.load(client, package, "finish", prelude)
+        self._release = scripts.load(client, package, "release", prelude)
+        self._renew = scripts.load(client, package, "renew", prelude)
+        self._recover = scripts.load(client, package, "recover", prelude)
+
+    def claim(self, queues: Sequence[str], max_jobs: int, max_bytes: int) -> Claimed:
+        """Up to `max_jobs` jobs, at least one if one waits, in the queues' order."""
+        now = datetime.now(UTC)
+        reply = self._claim(
+            keys=[
+                keys.SUSPENDED,
+                keys.worker(self.worker_name),
+                keys.worker_executions(self.worker_name),
+                *map(keys.queue, queues),
+            ],
+            args=[
+                *(keys.PREFIX, self.worker_name, format_time(now), self.lease_s, max_jobs, max_bytes),
+                f"{EXECUTION_MARK}-{os.urandom(12).hex()}",
+                *queues,
+            ],
+        )
+        return Claimed([_read_claim(fields, now) for fields in reply[1:]], suspended=bool(reply[0]))
+
+    def publish(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Those that took effect and have other jobs depending on them; the rest needs nothing more."""
+        args: list[Any] = [keys.PREFIX, self.worker_name, _now(), RESULT_TTL_S, FAILURE_TTL_S]
+        for outcome in outcomes:
+            claim = outcome.claim
+            args += (outcome.kind, claim.queue, claim.job_id, claim.execution_id, outcome.payload, outcome.working_s)
+        replies = self._finish(keys=[], args=args)
+        return [outcome for outcome, reply in zip(outcomes, replies, strict=True) if reply == 2]
+
+    def release(self, claims: Sequence[Claim]) -> int:
+        """Back to the head of their queues, in the given order; how many were still ours."""
+        if not claims:
+            return 0
+        return int(self._release(keys=[], args=[keys.PREFIX, self.worker_name, *_flat(claims)]))
+
+    def renew(self, claims: Sequence[Claim], worker_ttl_s: int) -> list[Claim]:
+        """Leases extended from now; returns the claims that are ours no longer."""
+        lost = self._renew(
+            keys=[keys.worker(self.worker_name), keys.worker_executions(self.worker_name)],
+            args=[keys.PREFIX, _now(), self.lease_s, worker_ttl_s, *_flat(claims)],
+        )
+        return [claims[place - 1] for place in lost]
+
+    def recover(self, queue: str) -> tuple[int, list[str]]:
+        """Takes back abandoned jobs of a queue: how many wait again, and the ids of those that failed for good."""
+        reason = JobFailedError(
+            "AbandonedJobError: a worker died with the job in hand and no retries were left",
+            code=JobFailedError.ABANDONED,
+            retryable=True,
+        )
+        requeued, *failed = self._recover(
+            keys=[keys.started(queue)],
+            args=[
+                *(keys.PREFIX, queue, _now(), FAILURE_TTL_S),
+                *(wire.encode_exc_string(reason), EXECUTION_MARK, RECOVER_JOBS),
+            ],
+        )
+        return int(requeued), [job_id.decode() for job_id in failed]
+
+
+def _read_claim(fields: Sequence[Any], now: datetime) -> Claim:
+    queue, job_id, execution_id, data, enqueued_at = fields
+    return Claim(
+        queue=queue.decode(),
+        job_id=job_id.decode(),
+        execution_id=execution_id.decode(),
+        data=data or b"",
+        queued_s=_seconds_since(enqueued_at.decode(errors="replace"), now),
+    )
+
+
+def _seconds_since(moment: str, now: datetime) -> float:
+    try:
+        return max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _flat(claims: Sequence[Claim]) -> list[str]:
+    return [part for claim in claims for part in (claim.queue, claim.job_id, claim.execution_id)]
+
+
+def _now() -> str:
+    return format_time(datetime.now(UTC))

@@ -1,0 +1,215 @@
+"""The command `embedq`: the client's commands, the model's, and those that start processes: worker, up, demo.
+
+Knows options, and how an error becomes one line and an exit status; the work is in the modules it calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from embedq.model import ModelError
+from embedq.model.cli import model_group
+from embedq.producer import cli as client
+from embedq.producer.connection import connect, translated_errors
+from embedq.producer.errors import (
+    ConfigurationError,
+    EmbedqError,
+    InvalidRequestError,
+    JobNotFoundError,
+    QueueConnectionError,
+    QueueServerError,
+    ResultTimeoutError,
+)
+from embedq.producer.queue import DEFAULT_QUEUE
+from embedq.worker import logs
+from embedq.worker.settings import LogFormat, WorkerSettings, environment_variable
+
+#: The first class that fits an error gives the exit status; any other error gives 1.
+EXIT_STATUSES: tuple[tuple[type[Exception], int], ...] = (
+    (InvalidRequestError, 2),
+    (ConfigurationError, 2),
+    (JobNotFoundError, 3),
+    (ResultTimeoutError, 4),
+    (QueueConnectionError, 5),
+    (QueueServerError, 5),
+    (ModelError, 6),
+)
+EXIT_INTERRUPTED = 130
+
+_EPILOG = """\b
+Exit status:
+  0  done
+  1  the job failed or was canceled, or another error
+  2  wrong usage: an option, a text, a URL or a setting that cannot work
+  3  no such job, or it has expired
+  4  no result in time; the job goes on
+  5  Redis cannot be reached, or refuses
+  6  the model cannot be had, read or run
+  130  interrupted"""
+
+
+class CommandLineError(click.ClickException):
+    """An error of ours as click shows it: one line, and the status of its class."""
+
+    def __init__(self, err: Exception) -> None:
+        super().__init__(str(err))
+        self.error = err
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        return next((status for kind, status in EXIT_STATUSES if isinstance(self.error, kind)), 1)
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", file=file, err=True)
+
+
+class ErrorGroup(click.Group):
+    """Turns our errors into one line, or with --debug into a traceback as well."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EmbedqError, ModelError) as err:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            raise CommandLineError(err) from err
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+
+
+@click.group(cls=ErrorGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="embedq", message="embedq %(version)s")
+@click.option("--debug", envvar="EMBEDQ_DEBUG", is_flag=True, help="Show tracebacks and debug logs.")
+def main(debug: bool) -> None:
+    """Text embeddings over a Redis queue.
+
+    Put texts on a queue, let workers drain it in micro-batches, fetch the vectors by job id. Each option has an
+    environment variable: EMBEDQ_ and its name in capitals, such as EMBEDQ_URL.
+
+    \b
+    Try it:  embedq demo
+    At home: embedq up            then  embedq embed "a text" --url URL
+    A fleet: embedq worker --url redis://...
+    """
+    logs.configure("text", logging.DEBUG if debug else logging.INFO)
+
+
+def _setting(name: str, **attributes: Any) -> Any:
+    """An option with the setting's default and environment variable."""
+    default = WorkerSettings.__dataclass_fields__[name].default
+    return click.option(
+        "--" + name.replace("_", "-"),
+        name,
+        envvar=environment_variable(name),
+        default=default,
+        show_default=default is not None,
+        **attributes,
+    )
+
+
+_ENCODER_SETTINGS = (
+    _setting("model", help="Name, hub id or folder of the model; noop:768 is a stand-in without torch."),
+    _setting("revision", help="Branch, tag or commit of a hub model."),
+    _setting("device", help="auto, cpu, cuda, cuda:1 or mps."),
+    _setting("dtype", help="auto, float32, bfloat16 or float16."),
+    _setting("max_batch_tokens", type=int, help="Tokens of one micro-batch; default: what the device is good for."),
+)
+_QUEUE_SETTINGS = (
+    _setting("lease_s", type=float, help="Seconds a claimed job is this worker's without a sign of life."),
+    _setting("grace_s", type=float, help="Seconds from SIGTERM to the end."),
+    _setting("max_claim_jobs", type=int, help="Jobs of one claim."),
+    _setting("log_format", type=click.Choice(get_args(LogFormat)), help="Log lines for people or for programs."),
+)
+
+
+def _settings_options(command: Any) -> Any:
+    for option in reversed((*_ENCODER_SETTINGS, *_QUEUE_SETTINGS)):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("queues", nargs=-1)
+@client.url_option
+@click.option("--name", envvar="EMBEDQ_NAME", help="The worker's name; default: a random one.")
+@click.option("--burst", envvar="EMBEDQ_BURST", is_flag=True, help="Stop once the queues are empty.")
+@click.option("--max-jobs", envvar="EMBEDQ_MAX_JOBS", type=click.IntRange(min=1), help="Stop after so many jobs.")
+@_settings_options
+@click.pass_context
+def worker(
+    context: click.Context,
+    /,
+    queues: tuple[str, ...],
+    url: str,
+    name: str | None,
+    burst: bool,
+    max_jobs: int | None,
+    **settings: Any,
+) -> None:
+    """Drain QUEUES (default: embed), the most urgent first, until stopped.
+
+    SIGTERM and Ctrl-C finish the micro-batch on the device and give the other claimed jobs back; a second signal
+    leaves at once.
+
+    \b
+    embedq worker --url redis://redis:6379/0 --device cuda
+    embedq worker urgent bulk --burst
+    """
+    from embedq.worker.worker import EmbedWorker
+
+    checked = WorkerSettings(**settings)
+    logs.configure(checked.log_format, logging.DEBUG if context.find_root().params.get("debug") else logging.INFO)
+    connection = connect(url)
+    names = list(queues) or [os.environ.get("EMBEDQ_QUEUE", DEFAULT_QUEUE)]
+    with translated_errors(connection):
+        connection.ping()
+        EmbedWorker(names, name=name, connection=connection, settings=checked).work(burst=burst, max_jobs=max_jobs)
+
+
+@click.command()
+@click.option(
+    "--port", envvar="EMBEDQ_PORT", type=int, default=6390, show_default=True, help="Port of the Redis; 0: a free one."
+)
+@click.option(
+    "--data",
+    envvar="EMBEDQ_DATA",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of Redis' data, kept across restarts; default: the user's data folder.",
+)
+@client.queue_option
+@_settings_options
+def up(port: int, data: Path | None, queue: str, **settings: Any) -> None:
+    """Start a Redis and one worker on this machine; Ctrl-C stops both.
+
+    What is queued or finished is still there at the next start. For one machine and for development; a fleet has
+    a Redis of its own and runs `embedq worker`.
+    """
+    from embedq.worker.local import run_local_service
+
+    run_local_service(port, data, queue, WorkerSettings(**settings))
+
+
+@click.command()
+@_settings_options
+def demo(**settings: Any) -> None:
+    """See it work: 400 sentences through a private Redis and a worker, and what the vectors are good for.
+
+    Fetches the model first if it isn't here (418 MiB, once). Leaves nothing running.
+    """
+    from embedq.worker.demo import run_demo
+
+    run_demo(WorkerSettings(**settings))
+
+
+for _command in (demo, up, worker, *client.COMMANDS, model_group):
+    main.add_command(_command)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""The encoder that a setting names: the stand-in without torch, or the real one with it."""
+
+from __future__ import annotations
+
+from embedq.model import Encoder, NoopEncoder
+from embedq.producer.errors import ConfigurationError
+from embedq.worker.settings import WorkerSettings
+
+
+def load_encoder(settings: WorkerSettings) -> Encoder:
+    """Raises ModelError, and ConfigurationError where the model's libraries are not installed."""
+    if settings.model.startswith("noop:"):
+        return NoopEncoder.parse(settings.model)
+    try:
+        from embedq.model import SentenceEncoder
+    except ModuleNotFoundError as err:
+        raise ConfigurationError(
+            f"{err.name} is not installed, which {settings.model} needs: pip install 'embedq[worker]'"
+        ) from err
+    return SentenceEncoder.load(
+        settings.model, device=settings.device, dtype=settings.dtype, revision=settings.revision
+    )

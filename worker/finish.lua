@@ -1,0 +1,59 @@
+-- Publishes what became of jobs. Each counts only while the named execution still holds its job, so a call sent
+-- twice, or by a worker that lost its lease, changes nothing.
+--
+-- KEYS     none: the keys depend on the jobs
+-- ARGV[1]  RQ's key prefix
+-- ARGV[2]  the worker's name
+-- ARGV[3]  now, as RQ writes a time
+-- ARGV[4]  seconds to keep a result where the job doesn't say
+-- ARGV[5]  seconds to keep a failure where the job doesn't say
+-- then for each job
+--   +0  outcome: 'finished', 'failed', or 'retry' (queued again while retries are left, else failed)
+--   +1  queue name    +2  job id    +3  execution id
+--   +4  base64 of the result, or of the compressed reason
+--   +5  seconds of work
+--
+-- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, and other jobs depend on it.
+
+local prefix, worker, now = ARGV[1], ARGV[2], ARGV[3]
+local result_ttl, failure_ttl = tonumber(ARGV[4]), tonumber(ARGV[5])
+local replies, successes, failures, work_s = {}, 0, 0, 0
+
+local function entry(kind, field, payload, id, execution)
+  local created = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'created_at') or clock()
+  return {'type', kind, 'worker_name', worker, field, payload, 'execution_id', execution,
+    'execution_started_at', created, 'execution_ended_at', string.format('%.6f', clock())}
+end
+
+for i = 6, #ARGV, 6 do
+  local outcome, queue, id, execution, payload = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+  if not holds(prefix, queue, id, execution) then
+    replies[#replies + 1] = 0
+  else
+    local key = prefix .. ':job:' .. id
+    local fields = redis.call('HMGET', key, 'result_ttl', 'failure_ttl', 'retries_left')
+    local retries = tonumber(fields[3] or '') or 0
+    replies[#replies + 1] = 1 + redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents')
+    if outcome == 'finished' then
+      local ttl = tonumber(fields[1] or '') or result_ttl
+      close_job(prefix, queue, id, 'finished', ttl, now, entry(1, 'return_value', payload, id, execution))
+      successes = successes + 1
+    elseif outcome == 'retry' and retries > 0 then
+      redis.call('HSET', key, 'retries_left', retries - 1)
+      put_back(prefix, queue, id, 'RPUSH')
+      replies[#replies] = 1
+      failures = failures + 1
+    else
+      local ttl = tonumber(fields[2] or '') or failure_ttl
+      close_job(prefix, queue, id, 'failed', ttl, now, entry(2, 'exc_string', payload, id, execution))
+      failures = failures + 1
+    end
+    end_execution(prefix, queue, id, execution, worker)
+    work_s = work_s + tonumber(ARGV[i + 5])
+  end
+end
+
+count(prefix, worker, 'successful_job_count', successes)
+count(prefix, worker, 'failed_job_count', failures)
+count(prefix, worker, 'total_working_time', work_s)
+return replies

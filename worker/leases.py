@@ -1,0 +1,113 @@
+"""Keeping claimed jobs this worker's: renewals, and the recovery of other workers' abandoned jobs.
+
+Runs on a thread with a connection of its own, so that neither a long micro-batch nor a slow publish delays it.
+Knows which claims are held, not what becomes of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import redis
+
+from embedq.worker.claims import Claim, ClaimStore
+
+logger = logging.getLogger("embedq.worker")
+
+#: Renewals within one lease.
+RENEWALS = 4
+#: Seconds between two looks for abandoned jobs, at most.
+RECOVER_EVERY_S = 10.0
+
+
+class LeaseKeeper:
+    """Holds the list of this worker's claims, and their leases while the thread runs."""
+
+    def __init__(
+        self,
+        store: ClaimStore,
+        queues: Sequence[str],
+        worker_ttl_s: int,
+        on_abandoned: Callable[[str, list[str]], None] = lambda _queue, _job_ids: None,
+    ) -> None:
+        self._store = store
+        self._queues = list(queues)
+        self._worker_ttl_s = worker_ttl_s
+        self._on_abandoned = on_abandoned
+        self._held: dict[str, Claim] = {}
+        self._lost: set[str] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="embedq-leases", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; the claims stay held until their leases run out."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def hold(self, claims: Iterable[Claim]) -> None:
+        with self._lock:
+            self._held.update((claim.execution_id, claim) for claim in claims)
+
+    def drop(self, claims: Iterable[Claim]) -> None:
+        with self._lock:
+            for claim in claims:
+                self._held.pop(claim.execution_id, None)
+                self._lost.discard(claim.execution_id)
+
+    def held(self) -> list[Claim]:
+        """In the order in which they were claimed."""
+        with self._lock:
+            return list(self._held.values())
+
+    def is_lost(self, claim: Claim) -> bool:
+        """Whether somebody canceled the job or took it over since; encoding it would be for nothing."""
+        return claim.execution_id in self._lost
+
+    def _run(self) -> None:
+        every_s = self._store.lease_s / RENEWALS
+        recover_every_s = min(RECOVER_EVERY_S, every_s)
+        next_renewal = next_recovery = time.monotonic()
+        while not self._stop.is_set():
+            now = time.monotonic()
+            try:
+                if now >= next_renewal:
+                    self.renew()
+                    next_renewal = now + every_s
+                if now >= next_recovery:
+                    self.recover()
+                    next_recovery = now + recover_every_s
+            except redis.RedisError as err:
+                # Tried again soon: until the lease has run out nothing is lost.
+                logger.warning("leases could not be renewed: %s", err)
+                next_renewal = now + every_s / RENEWALS
+                next_recovery = next_renewal
+            self._stop.wait(max(0.05, min(next_renewal, next_recovery) - time.monotonic()))
+
+    def renew(self) -> None:
+        """One round: extends what is held and learns what is lost."""
+        lost = self._store.renew(self.held(), self._worker_ttl_s)
+        with self._lock:
+            still_lost = [claim for claim in lost if claim.execution_id in self._held]
+            self._lost.update(claim.execution_id for claim in still_lost)
+        for claim in still_lost:
+            logger.info("job %s was canceled or taken over; its result will not count", claim.job_id)
+
+    def recover(self) -> None:
+        """One round over this worker's queues."""
+        for queue in self._queues:
+            requeued, failed = self._store.recover(queue)
+            if requeued or failed:
+                logger.warning(
+                    "queue %s: the leases of dead workers ran out; %d jobs queued again, %d failed",
+                    *(queue, requeued, len(failed)),
+                )
+            if failed:
+                self._on_abandoned(queue, failed)

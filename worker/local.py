@@ -1,0 +1,149 @@
+"""A whole service on one machine: a private Redis and one worker process, started and stopped together.
+
+`embedq up` and the demo share it. Knows processes and folders; the worker is the same command that a fleet runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from embedq.producer import fleet
+from embedq.producer.connection import connect
+from embedq.producer.errors import ConfigurationError, EmbedqError
+from embedq.worker import processes
+from embedq.worker.redis_server import RedisServer
+from embedq.worker.settings import WorkerSettings
+
+#: Seconds that a worker may take to load its model before it counts as stuck.
+WORKER_START_TIMEOUT_S = 120.0
+#: Seconds beyond the worker's own grace before it is killed.
+EXTRA_GRACE_S = 5.0
+WATCH_EVERY_S = 0.2
+
+
+class WorkerProcess:
+    """`embedq worker` as a child process."""
+
+    def __init__(self, url: str, queue: str, settings: WorkerSettings, log: Path) -> None:
+        self.url = url
+        self._queue = queue
+        self._settings = settings
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns once the worker takes jobs. Raises ConfigurationError with its last words if it ends instead."""
+        self._process = processes.start(self._command(), self.log)
+        deadline = time.monotonic() + WORKER_START_TIMEOUT_S
+        with connect(self.url) as client:
+            while not any(worker.pid == self._process.pid for worker in fleet.look(client).workers):
+                self.check()
+                if time.monotonic() > deadline:
+                    raise ConfigurationError(f"the worker was not ready within {WORKER_START_TIMEOUT_S:g} s")
+                time.sleep(0.05)
+
+    def check(self) -> None:
+        """Raises ConfigurationError if the process has ended."""
+        if self._process is not None and (status := self._process.poll()) is not None:
+            said = processes.last_lines(self.log, 1).removeprefix("error: ")
+            raise ConfigurationError(f"the worker ended with status {status}: {said}")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            processes.stop(self._process, self._settings.grace_s + EXTRA_GRACE_S)
+            self._process = None
+
+    def _command(self) -> list[str]:
+        command = [sys.executable, "-m", "embedq.worker.cli", "worker", self._queue, "--url", self.url]
+        for setting in fields(self._settings):
+            value = getattr(self._settings, setting.name)
+            if value is not None:
+                command += [f"--{setting.name.replace('_', '-')}", str(value)]
+        return command
+
+
+@contextmanager
+def local_service(server: RedisServer, queue: str, settings: WorkerSettings) -> Iterator[WorkerProcess]:
+    """Redis and a worker, both ready; both ended on leaving, the worker first."""
+    with server:
+        worker = WorkerProcess(server.url, queue, settings, server.folder / "worker.log")
+        try:
+            worker.start()
+            yield worker
+        finally:
+            worker.stop()
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, so that what it started is stopped in order."""
+
+    def interrupt(_signum: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_local_service(port: int, data: Path | None, queue: str, settings: WorkerSettings) -> None:
+    """`embedq up`: prints the URL, then watches until Ctrl-C, which is the way it is meant to end."""
+    folder = data or default_data_folder()
+    with _locked(folder), sigterm_as_interrupt():
+        server = RedisServer(folder, port=port, durable=True)
+        click.echo(f"starting Redis in {folder} and a worker with {settings.model} ...", err=True)
+        try:
+            with local_service(server, queue, settings) as worker:
+                click.echo(server.url)
+                click.echo(_hints(server.url, queue, worker.log), err=True)
+                while True:
+                    time.sleep(WATCH_EVERY_S)
+                    worker.check()
+        except KeyboardInterrupt:
+            click.echo(f"stopped; the data stays in {folder}", err=True)
+
+
+def default_data_folder() -> Path:
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "embedq"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One service a folder: two servers would write into one file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "up.lock").open("w")
+    except OSError as err:
+        raise ConfigurationError(f"{folder} cannot be written ({err.strerror}); choose another with --data") from err
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise EmbedqError(f"another `embedq up` runs in {folder}; use it, or choose another --data") from err
+        yield
+
+
+def _hints(url: str, queue: str, log: Path) -> str:
+    on_queue = "" if queue == "embed" else f" --queue {queue}"
+    return (
+        f"ready; Ctrl-C stops both. In another terminal:\n"
+        f"  export EMBEDQ_URL={url}\n"
+        f'  embedq embed "Where do otters sleep?"{on_queue}\n'
+        f"  embedq info\n"
+        f"worker log: {log}"
+    )

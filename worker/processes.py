@@ -1,0 +1,66 @@
+"""Child processes that never outlive us: started in their own group, ended in order, killed if they must be.
+
+Knows processes and signals, not what runs in them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a command with its output in `log`. On Linux the kernel ends it even when we are killed.
+
+    In a session of its own: Ctrl-C in the terminal reaches us alone, and we end our children in order.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent(),
+        )
+
+
+def stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
+    """SIGTERM, and after the grace SIGKILL; the exit status. A process that has ended is left alone."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
+
+
+def last_lines(log: Path, number: int = 5) -> str:
+    """The end of a log, for an error message."""
+    if not log.exists():
+        return "(no output)"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return "\n".join(lines[-number:]) or "(no output)"
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    # Loaded here: between fork and exec nothing may be imported.
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    def ask_kernel() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask_kernel

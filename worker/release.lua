@@ -1,0 +1,20 @@
+-- Gives claimed jobs back to the head of their queues, in the order in which they were claimed.
+--
+-- KEYS     none: the keys depend on the jobs
+-- ARGV[1]  RQ's key prefix
+-- ARGV[2]  the worker's name
+-- then     queue name, job id, execution id for each job, in the order of the claim
+--
+-- Returns how many were given back; those no longer held are left alone.
+
+local prefix, worker = ARGV[1], ARGV[2]
+local released = 0
+for i = #ARGV - 2, 3, -3 do
+  local queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  if holds(prefix, queue, id, execution) then
+    put_back(prefix, queue, id, 'LPUSH')
+    end_execution(prefix, queue, id, execution, worker)
+    released = released + 1
+  end
+end
+return released

@@ -1,0 +1,34 @@
+-- Extends the leases of one worker, and the worker's own heartbeat.
+--
+-- KEYS[1]  the worker's hash
+-- KEYS[2]  the set of the worker's executions
+-- ARGV[1]  RQ's key prefix
+-- ARGV[2]  now, as RQ writes a time
+-- ARGV[3]  the lease, in seconds
+-- ARGV[4]  seconds until the worker counts as dead
+-- then     queue name, job id, execution id for each job
+--
+-- Returns the places (1, 2, ...) of the jobs that this worker no longer holds.
+
+local prefix, now, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local ends, keep, lost = clock() + lease, math.ceil(lease) + 3600, {}
+for i = 5, #ARGV, 3 do
+  local queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  if holds(prefix, queue, id, execution) then
+    redis.call('ZADD', wip_key(prefix, queue), 'XX', ends, id .. ':' .. execution)
+    redis.call('EXPIRE', prefix .. ':execution:' .. id .. ':' .. execution, keep)
+    redis.call('HSET', prefix .. ':execution:' .. id .. ':' .. execution, 'last_heartbeat',
+      string.format('%.6f', clock()))
+    redis.call('ZADD', prefix .. ':executions:' .. id, 'XX', ends + keep, execution)
+    redis.call('EXPIRE', prefix .. ':executions:' .. id, keep)
+    redis.call('HSET', prefix .. ':job:' .. id, 'last_heartbeat', now)
+  else
+    lost[#lost + 1] = (i - 2) / 3
+  end
+end
+redis.call('EXPIRE', KEYS[2], keep)
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  redis.call('HSET', KEYS[1], 'last_heartbeat', now)
+  redis.call('EXPIRE', KEYS[1], ARGV[4])
+end
+return lost

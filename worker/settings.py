@@ -1,0 +1,72 @@
+"""How a worker runs: every setting, its default and its environment variable. Knows no Redis and no model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from embedq.producer.errors import ConfigurationError
+
+LogFormat = Literal["text", "json"]
+DEFAULT_MODEL = "all-mpnet-base-v2"
+#: What every setting's environment variable begins with: EMBEDQ_LEASE_S for `lease_s`.
+ENVIRONMENT_PREFIX = "EMBEDQ_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Raises ConfigurationError for a value out of range."""
+
+    #: folder, hub id, or `noop:768` for a stand-in
+    model: str = DEFAULT_MODEL
+    #: the hub's branch, tag or commit; None: its main
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    #: tokens of one micro-batch; None: what the device is good for
+    max_batch_tokens: int | None = None
+    #: seconds for which a claimed job is this worker's without a sign of life
+    lease_s: float = 60.0
+    #: seconds from SIGTERM to the end
+    grace_s: float = 25.0
+    #: jobs of one claim, however small they are
+    max_claim_jobs: int = 1024
+    log_format: LogFormat = "text"
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigurationError("the model's name is empty")
+        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
+            raise ConfigurationError(f"max_batch_tokens must be 1 or more, not {self.max_batch_tokens}")
+        if self.max_claim_jobs < 1:
+            raise ConfigurationError(f"max_claim_jobs must be 1 or more, not {self.max_claim_jobs}")
+        if not 1 <= self.lease_s <= 86_400:
+            raise ConfigurationError(f"lease_s must be 1 to 86400 seconds, not {self.lease_s:g}")
+        if not 0 <= self.grace_s <= 86_400:
+            raise ConfigurationError(f"grace_s must be 0 to 86400 seconds, not {self.grace_s:g}")
+        if self.log_format not in get_args(LogFormat):
+            raise ConfigurationError(f"log_format must be text or json, not {self.log_format!r}")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> WorkerSettings:
+        """For `rq worker --worker-class`, whose command line has no room for settings of ours."""
+        environment = os.environ if environment is None else environment
+        given: dict[str, Any] = {}
+        for name, read in _READERS.items():
+            variable = environment_variable(name)
+            if text := environment.get(variable):
+                try:
+                    given[name] = read(text)
+                except ValueError as err:
+                    raise ConfigurationError(f"{variable}={text!r} is not a number") from err
+        return cls(**given)
+
+
+def environment_variable(setting: str) -> str:
+    return ENVIRONMENT_PREFIX + setting.upper()
+
+
+_NUMBERS: dict[str, Any] = {"max_batch_tokens": int, "max_claim_jobs": int, "lease_s": float, "grace_s": float}
+_READERS: dict[str, Any] = {field.name: _NUMBERS.get(field.name, str) for field in fields(WorkerSettings)}

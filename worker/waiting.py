@@ -1,0 +1,95 @@
+"""Sleeping until a job comes, on any of several queues, or until somebody wakes the worker.
+
+One `BLMOVE queue queue LEFT LEFT` per queue waits on the server: it returns once the list has a head and leaves
+the head where it is, so nothing is ever between the queue and a lease. Knows sockets; takes no job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+
+#: Seconds after which the server ends a wait by itself, so that a connection that died silently is noticed.
+SERVER_TIMEOUT_S = 20
+
+
+class QueueWaiter:
+    """Waits on dedicated connections; for one thread, except `wake`."""
+
+    def __init__(self, client: redis.Redis, queue_keys: Sequence[str]) -> None:
+        self._pool: Any = client.connection_pool
+        self._queue_keys = list(queue_keys)
+        #: connections on which a BLMOVE is under way
+        self._waiting: dict[str, Any] = {}
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
+
+    def wait(self, timeout_s: float) -> None:
+        """Returns when a queue may have a job, on `wake`, or after the timeout. Raises redis-py's errors."""
+        try:
+            self._wait(timeout_s)
+        except BaseException:
+            # Whatever the connections were in the middle of, they are not used again.
+            self._disconnect()
+            raise
+
+    def wake(self) -> None:
+        """Ends the wait under way, or the next one. Safe in a signal handler and from any thread."""
+        # A full pipe wakes just as well.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_writer, b"w")
+
+    def close(self) -> None:
+        self._disconnect()
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
+
+    def _wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for key in self._queue_keys:
+                if key not in self._waiting:
+                    self._waiting[key] = self._send(key)
+            # redis-py has no public way to wait for several connections; `_sock` is in every kind it has.
+            sockets = {connection._sock: key for key, connection in self._waiting.items()}
+            left_s = max(0.0, deadline - time.monotonic())
+            readable, _, _ = select.select([*sockets, self._wake_reader], [], [], left_s)
+            if not readable:
+                return
+            found = [self._receive(sockets[socket]) for socket in readable if socket in sockets]
+            if any(found) or self._wake_reader in readable:
+                self._drain()
+                return
+
+    def _send(self, key: str) -> Any:
+        connection = self._pool.get_connection()
+        connection.send_command("BLMOVE", key, key, "LEFT", "LEFT", SERVER_TIMEOUT_S)
+        return connection
+
+    def _receive(self, key: str) -> bool:
+        """Whether the wait that ended found a job, rather than the server's timeout."""
+        connection = self._waiting.pop(key)
+        try:
+            return connection.read_response() is not None
+        except BaseException:
+            connection.disconnect()
+            raise
+        finally:
+            self._pool.release(connection)
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_reader, 1024)
+
+    def _disconnect(self) -> None:
+        for connection in self._waiting.values():
+            connection.disconnect()
+            self._pool.release(connection)
+        self._waiting.clear()

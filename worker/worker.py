@@ -1,0 +1,330 @@
+"""The worker: claims jobs, encodes their texts in shared micro-batches, publishes the results.
+
+An RQ worker to everyone else (`rq info`, `rq worker --worker-class`, suspend, shutdown commands); only its loop is
+ours. Knows the order of the steps and the signals; Redis is in `claims`, tensors are behind `engine`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
+from rq.exceptions import NoSuchJobError, StopRequested
+from rq.job import Job
+from rq.logutils import setup_loghandlers
+from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
+
+from embedq.producer import wire
+from embedq.producer.errors import JobFailedError, WireError
+from embedq.producer.serializer import EmbedSerializer
+from embedq.worker.claims import Claim, ClaimStore, Outcome
+from embedq.worker.encoders import load_encoder
+from embedq.worker.engine import Engine, Work
+from embedq.worker.leases import LeaseKeeper
+from embedq.worker.planning import ClaimBudget
+from embedq.worker.settings import WorkerSettings
+from embedq.worker.waiting import QueueWaiter
+
+logger = logging.getLogger("embedq.worker")
+
+#: Seconds an idle worker sleeps at most before it looks after its registries and at `rq suspend`.
+IDLE_S = 15.0
+#: Seconds between attempts to reach a Redis that is gone: the first, and the longest.
+RECONNECT_FIRST_S, RECONNECT_LONGEST_S = 0.5, 10.0
+#: Two signals within so many seconds are one: Ctrl-C reaches a process group twice.
+SAME_SIGNAL_S = 1.0
+#: Exit status after a grace that was too short.
+EXIT_GRACE_OVER = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActiveJob:
+    """A claimed job whose texts are tokenized."""
+
+    claim: Claim
+    work: Work
+
+
+class EmbedWorker(SimpleWorker):
+    """An RQ worker that drains its queues in micro-batches.
+
+    Takes RQ's arguments and `settings`, which default to the environment's (EMBEDQ_MODEL, ...). RQ's `serializer`
+    argument is ignored: jobs of ours are JSON and safetensors, and pickle is never read.
+    """
+
+    def __init__(self, queues: Any, *args: Any, settings: WorkerSettings | None = None, **kwargs: Any) -> None:
+        kwargs["serializer"] = EmbedSerializer
+        super().__init__(queues, *args, **kwargs)
+        self._given_settings = settings
+        self._stop_asked_at: float | None = None
+        self._grace_timer: threading.Timer | None = None
+        self._waiter: QueueWaiter | None = None
+        self._leases: LeaseKeeper | None = None
+
+    # --- RQ's entry point
+
+    def work(
+        self,
+        burst: bool = False,
+        logging_level: str | None = None,
+        date_format: str = DEFAULT_LOGGING_DATE_FORMAT,
+        log_format: str = DEFAULT_LOGGING_FORMAT,
+        max_jobs: int | None = None,
+        max_idle_time: int | None = None,
+        with_scheduler: bool = False,
+        dequeue_strategy: DequeueStrategy = DequeueStrategy.DEFAULT,
+    ) -> bool:
+        """Works until it is stopped; in `burst` mode until the queues are empty. True if any job was done.
+
+        Raises ModelError, ConfigurationError and redis-py's errors before it has registered itself.
+        """
+        self.settings = self._given_settings or WorkerSettings.from_environment()
+        self._dequeue_strategy = dequeue_strategy
+        if with_scheduler:
+            # It forks, which must come before the encoder's threads.
+            self._start_scheduler(burst, logging_level, date_format, log_format)
+        self.engine = Engine(load_encoder(self.settings), self.settings.max_batch_tokens, self.name)
+        self.budget = ClaimBudget(self.engine.max_batch_tokens)
+        self.store = ClaimStore(self.connection, self.name, self.settings.lease_s)
+        self._leases = LeaseKeeper(self.store, self.queue_names(), self.worker_ttl + 60, self._enqueue_dependents)
+        self._waiter = QueueWaiter(self.connection, self.queue_keys())
+        if not logging.getLogger("embedq").hasHandlers():
+            # `rq worker` sets up RQ's loggers alone.
+            setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
+        self.bootstrap(logging_level, date_format, log_format)
+        self._announce()
+        self._install_signal_handlers()
+        self._leases.start()
+        try:
+            return self._work(burst, max_jobs, max_idle_time) > 0
+        finally:
+            self._release_held()
+            self._leases.stop()
+            self._waiter.close()
+            self.teardown()
+            if self._grace_timer is not None:
+                self._grace_timer.cancel()
+
+    def _work(self, burst: bool, max_jobs: int | None, max_idle_s: float | None) -> int:
+        """The loop; returns the number of jobs done."""
+        assert self._waiter is not None
+        done = 0
+        idle_since = time.monotonic()
+        reconnect_s = RECONNECT_FIRST_S
+        while not self._stop_requested and (max_jobs is None or done < max_jobs):
+            try:
+                self._look_after_queues(burst)
+                left = self.settings.max_claim_jobs if max_jobs is None else max_jobs - done
+                if jobs_done := self.step(left):
+                    done += jobs_done
+                    idle_since = time.monotonic()
+                elif burst or (max_idle_s is not None and time.monotonic() - idle_since >= max_idle_s):
+                    break
+                else:
+                    self._idle(IDLE_S if max_idle_s is None else min(IDLE_S, max_idle_s))
+                reconnect_s = RECONNECT_FIRST_S
+            except StopRequested:
+                break
+            except (redis.ConnectionError, redis.TimeoutError) as err:
+                logger.warning("Redis cannot be reached (%s); trying again in %.1f s", err, reconnect_s)
+                self._waiter_sleep(reconnect_s)
+                reconnect_s = min(2 * reconnect_s, RECONNECT_LONGEST_S)
+        logger.info("worker %s: %d jobs done, stopping", self.name, done)
+        return done
+
+    def step(self, max_jobs: int) -> int:
+        """Claim, tokenize, plan, encode, publish; returns the number of jobs claimed."""
+        claims = self._claim(max_jobs)
+        jobs = self._tokenize(claims)
+        for batch in self.engine.plan([job.work for job in jobs]):
+            if self._stop_requested:
+                break
+            jobs = self._drop_lost(jobs)
+            self.engine.encode(batch)
+            jobs = self._publish_done(jobs)
+        if self._stop_requested:
+            self._release_held()
+        return len(claims)
+
+    # --- the stages
+
+    def _claim(self, max_jobs: int) -> list[Claim]:
+        queues = [queue.name for queue in self._ordered_queues]
+        claimed = self.store.claim(queues, min(max_jobs, self.settings.max_claim_jobs), self.budget.max_bytes)
+        if claimed.suspended:
+            self.check_for_suspension(burst=False)
+        if claimed.claims:
+            self._leases_held().hold(claimed.claims)
+            self.reorder_queues(next(q for q in self.queues if q.name == claimed.claims[0].queue))
+        return claimed.claims
+
+    def _tokenize(self, claims: Sequence[Claim]) -> list[ActiveJob]:
+        """What cannot be read or done fails here, each job alone."""
+        jobs: list[ActiveJob] = []
+        failed: list[Outcome] = []
+        for claim in claims:
+            try:
+                jobs.append(ActiveJob(claim, self.engine.tokenize(wire.decode_request(claim.data))))
+            except WireError as err:
+                failed.append(Outcome.failed(claim, JobFailedError(str(err), code=err.code)))
+            except JobFailedError as err:
+                failed.append(Outcome.failed(claim, err))
+        self._publish(failed)
+        self.budget.learn(
+            sum(len(job.claim.data) for job in jobs),
+            sum(text.num_tokens for job in jobs for text in job.work.tokens),
+        )
+        return jobs
+
+    def _publish_done(self, jobs: Iterable[ActiveJob]) -> list[ActiveJob]:
+        """Publishes the jobs whose last text is encoded; returns the others."""
+        waiting: list[ActiveJob] = []
+        outcomes: list[Outcome] = []
+        for job in jobs:
+            if job.work.is_done:
+                outcomes.append(self._outcome(job))
+            else:
+                waiting.append(job)
+        self._publish(outcomes)
+        return waiting
+
+    def _outcome(self, job: ActiveJob) -> Outcome:
+        try:
+            result = self.engine.finish(job.work, job.claim.queued_s)
+        except JobFailedError as err:
+            return Outcome.failed(job.claim, err)
+        return Outcome.finished(job.claim, wire.encode_result(result), time.monotonic() - job.work.began_at)
+
+    def _publish(self, outcomes: Sequence[Outcome]) -> None:
+        """Sent until Redis has it or the leases are over: what was computed is not lost to a short outage."""
+        if not outcomes:
+            return
+        for outcome in outcomes:
+            if outcome.kind != "finished":
+                self.failed_job_count += 1
+                logger.warning("job %s failed", outcome.claim.job_id)
+        give_up_at = time.monotonic() + self.settings.lease_s
+        while True:
+            try:
+                depended_on = self.store.publish(outcomes)
+                break
+            except (redis.ConnectionError, redis.TimeoutError) as err:
+                if time.monotonic() > give_up_at:
+                    raise
+                logger.warning("results of %d jobs wait for Redis: %s", len(outcomes), err)
+                time.sleep(RECONNECT_FIRST_S)
+        self._leases_held().drop(outcome.claim for outcome in outcomes)
+        self.successful_job_count += sum(outcome.kind == "finished" for outcome in outcomes)
+        for outcome in depended_on:
+            self._enqueue_dependents(outcome.claim.queue, [outcome.claim.job_id])
+
+    def _drop_lost(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
+        """Jobs that were canceled or taken over are encoded no further."""
+        leases = self._leases_held()
+        lost = [job for job in jobs if leases.is_lost(job.claim)]
+        for job in lost:
+            job.work.failure = JobFailedError("no longer this worker's", code="lost")
+        leases.drop(job.claim for job in lost)
+        return [job for job in jobs if job not in lost]
+
+    def _release_held(self) -> None:
+        leases = self._leases_held()
+        held = leases.held()
+        if not held:
+            return
+        try:
+            released = self.store.release(held)
+            logger.info("%d claimed jobs given back to the head of their queues", released)
+        except redis.RedisError as err:
+            logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
+        leases.drop(held)
+
+    def _enqueue_dependents(self, queue_name: str, job_ids: Sequence[str]) -> None:
+        """RQ's own step after a job's end; safe after the commit, and repeated by RQ's maintenance."""
+        queue = self.queue_class(queue_name, connection=self.connection, serializer=self.serializer)
+        for job_id in job_ids:
+            with contextlib.suppress(NoSuchJobError):
+                queue.enqueue_dependents(Job.fetch(job_id, connection=self.connection, serializer=self.serializer))
+
+    # --- being idle, being an RQ worker
+
+    def _look_after_queues(self, burst: bool) -> None:
+        if burst:
+            self.check_for_suspension(burst)
+        if self.should_run_maintenance_tasks:
+            self.run_maintenance_tasks()
+
+    def _idle(self, seconds: float) -> None:
+        if self.get_state() != WorkerStatus.IDLE:
+            self.set_state(WorkerStatus.IDLE)
+        assert self._waiter is not None
+        self._waiter.wait(seconds)
+
+    def _waiter_sleep(self, seconds: float) -> None:
+        """Sleeps, but not through a signal."""
+        deadline = time.monotonic() + seconds
+        while not self._stop_requested and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(0.1, left))
+
+    def _announce(self) -> None:
+        """What `embedq info` shows of this worker beside RQ's fields."""
+        encoder = self.engine.encoder
+        self.connection.hset(
+            self.key,
+            mapping={
+                "embedq_model": encoder.name,
+                "embedq_revision": encoder.revision,
+                "embedq_device": self.settings.device,
+                "embedq_max_batch_tokens": self.engine.max_batch_tokens,
+            },
+        )
+        logger.info(
+            "worker %s serves %s on %s: queues %s, up to %d tokens a micro-batch, leases of %g s",
+            *(self.name, encoder.name, self.settings.device, ", ".join(self.queue_names())),
+            *(self.engine.max_batch_tokens, self.settings.lease_s),
+        )
+
+    def _leases_held(self) -> LeaseKeeper:
+        assert self._leases is not None
+        return self._leases
+
+    def subscribe(self) -> None:
+        """As RQ's, with a thread that ends in a quarter of a second instead of a whole one."""
+        pubsub = self.pubsub = self.connection.pubsub()
+        pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
+        self.pubsub_thread: Any = pubsub.run_in_thread(
+            sleep_time=0.25, daemon=True, exception_handler=self._pubsub_exception_handler
+        )
+
+    # --- signals
+
+    def request_stop(self, signum: int, frame: Any) -> None:  # noqa: ARG002
+        """First signal: finish the micro-batch on the device, give the rest back, exit. A second one: at once."""
+        now = time.monotonic()
+        if self._stop_asked_at is None:
+            self._stop_asked_at = now
+            self._stop_requested = True
+            if self._waiter is not None:
+                self._waiter.wake()
+            self._grace_timer = threading.Timer(self.settings.grace_s, self._end_of_grace)
+            self._grace_timer.daemon = True
+            self._grace_timer.start()
+        elif now - self._stop_asked_at > SAME_SIGNAL_S:
+            raise SystemExit(128 + signum)
+
+    def _end_of_grace(self) -> None:
+        """The micro-batch outlasts the grace: give everything back and leave it."""
+        logger.error("not done within the grace of %g s; leaving", self.settings.grace_s)
+        self._release_held()
+        with contextlib.suppress(redis.RedisError):
+            self.register_death()
+        logging.shutdown()
+        os._exit(EXIT_GRACE_OVER)
