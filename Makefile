@@ -27,7 +27,7 @@ types: $(VENV)/.dev build/typing ## mypy --strict
 	@$(VENV)/bin/mypy
 
 bench: $(VENV)/.dev ## throughput of queue and encoder, side by side with their peers
-	@$(VENV)/bin/python tests/bench/run.py
+	@$(VENV)/bin/python -m tests.bench.run
 
 clean: ## remove .venv and all that was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

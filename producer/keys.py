@@ -1,7 +1,8 @@
-"""Every Redis key that embedq reads or writes, and the fields of RQ's hashes. Nothing else spells a key.
+"""Every Redis key that embedq reads or writes. No other Python module spells a key.
 
-The names are RQ 3.0's (rq.job, rq.queue, rq.registry, rq.executions, rq.results, rq.worker); contract tests
-compare them with the installed RQ. Knows names only, no connection.
+The Lua scripts compute keys from the ids they find; they are given PREFIX and use the names that stand here. The
+names are RQ 3.0's (rq.job, rq.queue, rq.registry, rq.executions, rq.results, rq.worker); contract tests compare them
+with the installed RQ. Knows names only, no connection.
 """
 
 from __future__ import annotations
@@ -94,8 +95,3 @@ def worker(name: str) -> str:
 def worker_executions(name: str) -> str:
     """Set of the `job:execution` pairs that a worker holds."""
     return f"{PREFIX}:worker:{name}:executions"
-
-
-def workers_of(queue_name: str) -> str:
-    """Set of the keys of the workers that listen on a queue."""
-    return f"{PREFIX}:workers:{queue_name}"

@@ -52,3 +52,15 @@ def test_the_two_sides_of_the_wire_name_the_same_precisions_and_sides() -> None:
 def test_an_unknown_name_of_the_model_package_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="Encodr"):
         _ = embedq.model.Encodr  # type: ignore[attr-defined]
+
+
+def test_a_worker_without_torch_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from embedq.worker.encoders import load_encoder\n"
+        "from embedq.worker import WorkerSettings\n"
+        "try: load_encoder(WorkerSettings())\n"
+        "except Exception as err: print(type(err).__name__, err)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.stdout.startswith("ConfigurationError torch is not installed, which all-mpnet-base-v2 needs: pip")

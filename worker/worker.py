@@ -23,7 +23,7 @@ from rq.logutils import setup_loghandlers
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
 from embedq.producer import wire
-from embedq.producer.errors import JobFailedError, WireError
+from embedq.producer.errors import ConfigurationError, JobFailedError, WireError
 from embedq.producer.serializer import EmbedSerializer
 from embedq.worker.claims import Claim, ClaimStore, Outcome
 from embedq.worker.encoders import load_encoder
@@ -60,14 +60,20 @@ class EmbedWorker(SimpleWorker):
     argument is ignored: jobs of ours are JSON and safetensors, and pickle is never read.
     """
 
+    # Made by `work`: a worker that `Worker.all()` only looks at has none of them.
+    settings: WorkerSettings
+    engine: Engine
+    budget: ClaimBudget
+    store: ClaimStore
+    leases: LeaseKeeper
+    waiter: QueueWaiter
+
     def __init__(self, queues: Any, *args: Any, settings: WorkerSettings | None = None, **kwargs: Any) -> None:
         kwargs["serializer"] = EmbedSerializer
         super().__init__(queues, *args, **kwargs)
         self._given_settings = settings
         self._stop_asked_at: float | None = None
         self._grace_timer: threading.Timer | None = None
-        self._waiter: QueueWaiter | None = None
-        self._leases: LeaseKeeper | None = None
 
     # --- RQ's entry point
 
@@ -94,28 +100,31 @@ class EmbedWorker(SimpleWorker):
         self.engine = Engine(load_encoder(self.settings), self.settings.max_batch_tokens, self.name)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
         self.store = ClaimStore(self.connection, self.name, self.settings.lease_s)
-        self._leases = LeaseKeeper(self.store, self.queue_names(), self.worker_ttl + 60, self._enqueue_dependents)
-        self._waiter = QueueWaiter(self.connection, self.queue_keys())
+        self.leases = LeaseKeeper(self.store, self.queue_names(), self.worker_ttl + 60, self._enqueue_dependents)
+        self.waiter = QueueWaiter(self.connection, self.queue_keys())
         if not logging.getLogger("embedq").hasHandlers():
             # `rq worker` sets up RQ's loggers alone.
             setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
-        self.bootstrap(logging_level, date_format, log_format)
-        self._announce()
+        # Before anybody can see this worker and send it a signal.
         self._install_signal_handlers()
-        self._leases.start()
+        try:
+            self.bootstrap(logging_level, date_format, log_format)
+        except ValueError as err:
+            raise ConfigurationError(f"{err}; choose another --name") from err
+        self._announce()
+        self.leases.start()
         try:
             return self._work(burst, max_jobs, max_idle_time) > 0
         finally:
             self._release_held()
-            self._leases.stop()
-            self._waiter.close()
+            self.leases.stop()
+            self.waiter.close()
             self.teardown()
             if self._grace_timer is not None:
                 self._grace_timer.cancel()
 
     def _work(self, burst: bool, max_jobs: int | None, max_idle_s: float | None) -> int:
         """The loop; returns the number of jobs done."""
-        assert self._waiter is not None
         done = 0
         idle_since = time.monotonic()
         reconnect_s = RECONNECT_FIRST_S
@@ -135,7 +144,7 @@ class EmbedWorker(SimpleWorker):
                 break
             except (redis.ConnectionError, redis.TimeoutError) as err:
                 logger.warning("Redis cannot be reached (%s); trying again in %.1f s", err, reconnect_s)
-                self._waiter_sleep(reconnect_s)
+                self._sleep(reconnect_s)
                 reconnect_s = min(2 * reconnect_s, RECONNECT_LONGEST_S)
         logger.info("worker %s: %d jobs done, stopping", self.name, done)
         return done
@@ -162,7 +171,7 @@ class EmbedWorker(SimpleWorker):
         if claimed.suspended:
             self.check_for_suspension(burst=False)
         if claimed.claims:
-            self._leases_held().hold(claimed.claims)
+            self.leases.hold(claimed.claims)
             self.reorder_queues(next(q for q in self.queues if q.name == claimed.claims[0].queue))
         return claimed.claims
 
@@ -221,23 +230,21 @@ class EmbedWorker(SimpleWorker):
                     raise
                 logger.warning("results of %d jobs wait for Redis: %s", len(outcomes), err)
                 time.sleep(RECONNECT_FIRST_S)
-        self._leases_held().drop(outcome.claim for outcome in outcomes)
+        self.leases.drop(outcome.claim for outcome in outcomes)
         self.successful_job_count += sum(outcome.kind == "finished" for outcome in outcomes)
         for outcome in depended_on:
             self._enqueue_dependents(outcome.claim.queue, [outcome.claim.job_id])
 
     def _drop_lost(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
         """Jobs that were canceled or taken over are encoded no further."""
-        leases = self._leases_held()
-        lost = [job for job in jobs if leases.is_lost(job.claim)]
+        lost = [job for job in jobs if self.leases.is_lost(job.claim)]
         for job in lost:
             job.work.failure = JobFailedError("no longer this worker's", code="lost")
-        leases.drop(job.claim for job in lost)
+        self.leases.drop(job.claim for job in lost)
         return [job for job in jobs if job not in lost]
 
     def _release_held(self) -> None:
-        leases = self._leases_held()
-        held = leases.held()
+        held = self.leases.held()
         if not held:
             return
         try:
@@ -245,7 +252,7 @@ class EmbedWorker(SimpleWorker):
             logger.info("%d claimed jobs given back to the head of their queues", released)
         except redis.RedisError as err:
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
-        leases.drop(held)
+        self.leases.drop(held)
 
     def _enqueue_dependents(self, queue_name: str, job_ids: Sequence[str]) -> None:
         """RQ's own step after a job's end; safe after the commit, and repeated by RQ's maintenance."""
@@ -265,10 +272,9 @@ class EmbedWorker(SimpleWorker):
     def _idle(self, seconds: float) -> None:
         if self.get_state() != WorkerStatus.IDLE:
             self.set_state(WorkerStatus.IDLE)
-        assert self._waiter is not None
-        self._waiter.wait(seconds)
+        self.waiter.wait(seconds)
 
-    def _waiter_sleep(self, seconds: float) -> None:
+    def _sleep(self, seconds: float) -> None:
         """Sleeps, but not through a signal."""
         deadline = time.monotonic() + seconds
         while not self._stop_requested and (left := deadline - time.monotonic()) > 0:
@@ -292,10 +298,6 @@ class EmbedWorker(SimpleWorker):
             *(self.engine.max_batch_tokens, self.settings.lease_s),
         )
 
-    def _leases_held(self) -> LeaseKeeper:
-        assert self._leases is not None
-        return self._leases
-
     def subscribe(self) -> None:
         """As RQ's, with a thread that ends in a quarter of a second instead of a whole one."""
         pubsub = self.pubsub = self.connection.pubsub()
@@ -312,8 +314,7 @@ class EmbedWorker(SimpleWorker):
         if self._stop_asked_at is None:
             self._stop_asked_at = now
             self._stop_requested = True
-            if self._waiter is not None:
-                self._waiter.wake()
+            self.waiter.wake()
             self._grace_timer = threading.Timer(self.settings.grace_s, self._end_of_grace)
             self._grace_timer.daemon = True
             self._grace_timer.start()

@@ -15,6 +15,7 @@ from embedq.producer import (
     ConfigurationError,
     DuplicateJobError,
     EmbedJob,
+    EmbedOptions,
     EmbedQueue,
     InvalidJobIdError,
     InvalidOptionError,
@@ -30,6 +31,7 @@ from embedq.producer import (
     QueueServerError,
     ResultTimeoutError,
     keys,
+    wire,
 )
 from embedq.producer import queue as queue_module
 from embedq.producer.connection import connect
@@ -335,9 +337,7 @@ def test_a_failed_job_can_be_requeued_and_then_finishes(queue: EmbedQueue, drain
         job.result()
     assert caught.value.code == "wrong_model"
     assert caught.value.retryable is False
-    queue._redis.hset(
-        keys.job(job.id), "data", queue_module.wire.encode_request(["text"], queue_module.split_keywords({})[0])
-    )
+    queue._redis.hset(keys.job(job.id), "data", wire.encode_request(["text"], EmbedOptions()))
     job.requeue()
     assert job.status() is JobStatus.QUEUED
     assert queue._redis.zcard(keys.failed("embed")) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +32,7 @@ def test_texts_of_like_length_are_together_and_the_most_urgent_batch_is_first(le
         assert [lengths[index] for index in batch] == sorted(lengths[index] for index in batch)
     assert [min(batch) for batch in batches] == sorted(min(batch) for batch in batches)
     spans = sorted((min(lengths[i] for i in batch), max(lengths[i] for i in batch)) for batch in batches)
-    assert all(left[1] <= right[0] for left, right in zip(spans, spans[1:], strict=False))
+    assert all(left[1] <= right[0] for left, right in pairwise(spans))
 
 
 def test_the_claim_budget_learns_how_many_bytes_fill_a_micro_batch() -> None:

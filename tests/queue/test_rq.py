@@ -69,7 +69,6 @@ def test_every_key_name_is_rqs(queue: EmbedQueue) -> None:
     assert keys.worker("w") == worker.key
     assert keys.worker_executions("w") == worker.executions_key
     assert keys.WORKERS == rq.worker_registration.REDIS_WORKER_KEYS
-    assert keys.workers_of("q") == rq.worker_registration.WORKERS_BY_QUEUE_KEY % "q"
     assert keys.SUSPENDED == rq.suspension.WORKERS_SUSPENDED
     assert IntermediateQueue.get_intermediate_queue_key(keys.queue("q")) == "rq:queue:q:intermediate"
 

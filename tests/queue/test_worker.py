@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from rq import Queue
 from rq.job import Job
 
-from embedq.producer import EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
+from embedq.producer import ConfigurationError, EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.producer.connection import connect
 from embedq.worker import EmbedWorker, WorkerSettings
 from embedq.worker.redis_server import RedisServer
@@ -126,8 +127,6 @@ def test_a_finished_worker_leaves_nothing_but_results(queue: EmbedQueue, drain: 
 
 @pytest.mark.parametrize("result_ttl", [500, 0])
 def test_jobs_that_depend_on_ours_are_enqueued_when_it_ends(queue: EmbedQueue, drain: Drain, result_ttl: int) -> None:
-    from rq import Queue
-
     first = queue.enqueue("text", result_ttl=result_ttl)
     theirs = Queue("embed", connection=queue._client, serializer=EmbedSerializer)
     second = theirs.enqueue("embedq.worker.tasks.embed", kwargs={"texts": ["after"]}, depends_on=first.id)
@@ -273,7 +272,7 @@ def test_the_waiter_wakes_for_jobs_for_wake_and_for_time(queue: EmbedQueue) -> N
         waiter.close()
 
 
-def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_come_from_the_environment() -> None:
     environment = {
         "EMBEDQ_MODEL": "noop:4",
         "EMBEDQ_LEASE_S": "5",
@@ -296,8 +295,6 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_a_setting_that_cannot_be_is_named(environment: dict[str, str], message: str) -> None:
-    from embedq.producer import ConfigurationError
-
     with pytest.raises(ConfigurationError, match=message):
         WorkerSettings.from_environment(environment)
 
@@ -341,3 +338,12 @@ def test_a_wrong_password_ends_the_worker_with_one_line(queue: EmbedQueue, url: 
     assert worker.returncode == 5
     assert output.startswith("error: Redis at ")
     assert len(output.splitlines()) == 1
+
+
+def test_a_name_that_a_live_worker_has_is_refused_with_one_line(queue: EmbedQueue, start: Start) -> None:
+    start("--name", "twin")
+    until(lambda: workers(queue))
+    second = start("--name", "twin")
+    output, _ = second.communicate(timeout=20)
+    assert second.returncode == 2
+    assert output.startswith("error: There exists an active worker named 'twin' already; choose another --name")

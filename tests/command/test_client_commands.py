@@ -1,0 +1,257 @@
+"""`embedq enqueue|embed|status|result|cancel|requeue|info`, as a person and as a script use them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
+
+from embedq.producer import EmbedQueue, JobStatus, formats, keys
+from embedq.worker.cli import main
+from tests.conftest import Drain
+
+
+class Shell:
+    """Runs `embedq ...` in this process with EMBEDQ_URL set."""
+
+    def __init__(self, url: str) -> None:
+        self.environment = {"EMBEDQ_URL": url}
+
+    def __call__(self, *arguments: str, stdin: str | bytes | None = None) -> Result:
+        return CliRunner().invoke(main, arguments, input=stdin, env=self.environment)
+
+
+@pytest.fixture
+def embedq(url: str) -> Shell:
+    return Shell(url)
+
+
+def one_line(result: Result) -> str:
+    """The single line of an error, after log lines at most; neither a traceback nor anything on stdout."""
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if " INFO " not in line]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_a_text_goes_through_by_job_id(embedq: Shell, drain: Drain) -> None:
+    shown = embedq("enqueue", "a text", "another")
+    assert shown.exit_code == 0
+    first, second = shown.stdout.split()
+    assert embedq("status", first, second).stdout == f"{first}  queued\n{second}  queued\n"
+    drain()
+    assert json.loads(embedq("status", first, "--json").stdout) == {"id": first, "status": "finished"}
+    summary = embedq("result", first).stdout
+    assert "1 x 8 float32 by noop:8" in summary
+
+
+def test_texts_come_from_arguments_a_file_or_stdin(embedq: Shell, queue: EmbedQueue, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("eins\r\n\nzwei ü\n", encoding="utf-8")
+    assert len(embedq("enqueue", "--file", str(lines)).stdout.split()) == 2
+    assert len(embedq("enqueue", "-f", "-", stdin="a\nb\nc\n").stdout.split()) == 3
+    ids = embedq("enqueue", "--one-job", "--job-id", "mine", "--json", stdin="a\nb\n").stdout
+    assert json.loads(ids) == {"id": "mine"}
+    assert queue.depth() == 6
+
+
+@pytest.mark.parametrize("file_format", formats.FILE_FORMATS)
+def test_every_format_holds_the_same_numbers(
+    embedq: Shell, queue: EmbedQueue, drain: Drain, tmp_path: Path, file_format: str
+) -> None:
+    job = queue.enqueue(["a", "b"])
+    drain()
+    wanted = job.result().vectors
+    file = tmp_path / f"vectors.{file_format}"
+    shown = embedq("result", job.id, "--format", file_format, "--output", str(file))
+    assert (shown.exit_code, shown.stdout) == (0, "")
+    assert "2 x 8 float32" in shown.stderr
+    readers: dict[str, Any] = {
+        "npy": lambda: np.load(file),
+        "safetensors": lambda: load_file(file)["embeddings"],
+        "json": lambda: json.loads(file.read_text())["vectors"],
+        "jsonl": lambda: [json.loads(line) for line in file.read_text().splitlines()],
+    }
+    np.testing.assert_allclose(np.asarray(readers[file_format](), dtype=np.float32), wanted, atol=1e-7)
+    piped = CliRunner().invoke(main, ["result", job.id, "--format", file_format], env=embedq.environment)
+    if file_format != "safetensors":  # whose metadata is in any order
+        assert piped.stdout_bytes == file.read_bytes()
+    assert len(piped.stdout_bytes) == file.stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name]
+
+
+def test_embed_waits_for_the_worker(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
+    shown: list[Result] = []
+    arguments = ("embed", "a", "b", "--dimensions", "4", "--format", "npy")
+    thread = threading.Thread(target=lambda: shown.append(embedq(*arguments)))
+    thread.start()
+    while not queue.depth():
+        pass
+    drain()
+    thread.join(20)
+    assert np.load(io.BytesIO(shown[0].stdout_bytes)).shape == (2, 4)
+
+
+def test_cancel_and_requeue_say_what_became_of_each_job(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
+    one, two = queue.enqueue_many(["a", "b"], job_ids=["one", "two"])
+    assert embedq("cancel", "one").stdout == "one  canceled\n"
+    drain()
+    assert embedq("cancel", "two", "one").stdout == "two  had ended before: finished\none  had ended before: canceled\n"
+    assert embedq("requeue", "one").stdout == "one  queued\n"
+    assert one.status() is JobStatus.QUEUED
+    several = embedq("requeue", "two", "nobody")
+    assert several.exit_code == 1
+    assert "only a failed or canceled job" in several.stderr
+    assert "there is no job nobody" in several.stderr
+    assert two.status() is JobStatus.FINISHED
+
+
+def test_info_shows_queues_and_workers_without_changing_anything(embedq: Shell, queue: EmbedQueue) -> None:
+    assert "no queues and no workers" in embedq("info").stdout
+    queue.enqueue_many(["a", "b"])
+    fields = {"state": "busy", "queues": "embed,urgent", "hostname": "box", "pid": "7", "embedq_model": "noop:8"}
+    queue._redis.hset(keys.worker("w1"), mapping=fields)
+    queue._redis.sadd(keys.WORKERS, keys.worker("w1"), keys.worker("gone"))
+    queue._redis.set(keys.SUSPENDED, 1)
+    before = sorted(queue._redis.keys("*"))
+    seen = json.loads(embedq("info", "--json").stdout)
+    assert seen["queues"] == [
+        {"name": "embed", "queued": 2, "started": 0, "finished": 0, "failed": 0, "canceled": 0},
+    ]
+    assert [(w["name"], w["state"], w["queues"], w["model"]) for w in seen["workers"]] == [
+        ("w1", "busy", ["embed", "urgent"], "noop:8"),
+    ]
+    assert seen["suspended"] is True
+    shown = embedq("info").stdout
+    assert "suspended" in shown
+    assert "noop:8" in shown
+    assert sorted(queue._redis.keys("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["enqueue", "x", "--dimensions", "0"], 2, "error: dimensions must be a positive whole number"),
+        (["enqueue", "x", "--job-id", "a b"], 2, "error: job id 'a b' does not do"),
+        (["enqueue", "x", "--result-ttl", "-7"], 2, "error: result_ttl must be a whole number from -1 up"),
+        (["enqueue", "x", "--prompt", "a", "--prompt-name", "b"], 2, "error: prompt and prompt_name exclude"),
+        (["enqueue", "x" * 1_000_001], 2, "error: text 0 has 1,000,001 characters"),
+        (["result", "nobody"], 3, "error: there is no job nobody"),
+        (["cancel", "nobody"], 3, "error: there is no job nobody"),
+        (["requeue", "nobody"], 3, "error: there is no job nobody"),
+        (["embed", "x", "--timeout", "0.05"], 4, "error: no result of job"),
+        (["enqueue", "x", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
+        (["info", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
+        (["worker", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
+        (["enqueue", "x", "--url", "http://h"], 2, "error: 'http://h' is no Redis URL; write redis://"),
+        (["worker", "--lease-s", "0"], 2, "error: lease_s must be 1 to 86400"),
+        (["worker", "--model", "noop:0"], 6, "error: noop:0"),
+        (["worker", "--model", "./no/such/folder"], 6, "error: "),
+    ],
+)
+def test_every_error_is_one_line_and_its_own_status(
+    embedq: Shell, queue: EmbedQueue, arguments: list[str], status: int, message: str
+) -> None:
+    shown = embedq(*arguments)
+    assert shown.exit_code == status
+    assert one_line(shown).startswith(message)
+    assert queue.depth() == 0
+    assert queue._redis.scard(keys.WORKERS) == 0
+
+
+def test_status_of_a_job_that_is_not_there_exits_with_3(embedq: Shell, queue: EmbedQueue) -> None:
+    job = queue.enqueue("a")
+    shown = embedq("status", job.id, "nobody")
+    assert shown.exit_code == 3
+    assert shown.stdout == f"{job.id}  queued\nnobody  not found\n"
+    assert "1 of 2 jobs do not exist" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["enqueue"], "\n \n", "the input has no text"),
+        (["enqueue"], b"\xff\xfe", "the input is not UTF-8"),
+        (["enqueue", "x", "--file", "-"], "y", "give texts or --file, not both"),
+        (["enqueue", "x", "y", "--job-id", "z"], None, "--job-id names one job"),
+        (["enqueue", "--file", "/no/such/file"], None, "/no/such/file"),
+        (["enqueue", "x", "--precision", "float8"], None, "'float8' is not one of"),
+        (["embed", "x", "--output", "v.npy"], None, "--output needs --format"),
+        (["embed", "x", "--format", "npy", "--output", "/no/such/folder/v.npy"], None, "there is no folder"),
+        (["embed", "x", "--timeout", "-1"], None, "--timeout"),
+        (["bogus"], None, "No such command 'bogus'"),
+    ],
+)
+def test_wrong_usage_says_what_to_do_and_enqueues_nothing(
+    embedq: Shell, queue: EmbedQueue, arguments: list[str], stdin: Any, message: str
+) -> None:
+    shown = embedq(*arguments, stdin=stdin)
+    assert shown.exit_code == 2
+    assert message in shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert queue.depth() == 0
+
+
+def test_a_failed_job_exits_with_1_and_its_reason(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue("a", dimensions=99)
+    drain()
+    shown = embedq("result", job.id)
+    assert shown.exit_code == 1
+    assert "dimensions must be 1 to 8 for this model, not 99 [code=unsupported_option" in one_line(shown)
+
+
+def test_a_full_disk_leaves_the_old_file_as_it_was(
+    embedq: Shell, queue: EmbedQueue, drain: Drain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = queue.enqueue("a")
+    drain()
+    file = tmp_path / "v.npy"
+    file.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(formats.Path, "replace", full)
+    shown = embedq("result", job.id, "--format", "npy", "--output", str(file))
+    assert shown.exit_code == 1
+    assert "No space left on device" in shown.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["v.npy"]
+    assert file.read_bytes() == b"old"
+
+
+def test_debug_shows_the_traceback_too(embedq: Shell) -> None:
+    shown = embedq("--debug", "result", "nobody")
+    assert shown.exit_code == 3
+    assert "Traceback" in shown.stderr
+    assert "error: there is no job nobody" in shown.stderr
+
+
+def test_help_is_there_for_every_command_and_names_its_variables(embedq: Shell) -> None:
+    for name, command in main.commands.items():
+        shown = embedq(name, "--help")
+        assert shown.exit_code == 0
+        assert command.help, name
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert getattr(option, "help", None), f"{name} {option.name}"
+
+
+def test_a_binary_format_is_not_poured_into_a_terminal(url: str) -> None:
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "-m", "embedq.worker.cli", "embed", "x", "--format", "npy", "--url", url]
+    shown = subprocess.run(command, stdout=inside, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert shown.returncode == 2
+    assert "npy is not for a terminal; add --output FILE" in shown.stderr
+    os.close(terminal)
+    os.close(inside)
