@@ -57,6 +57,8 @@ class Outcome:
     #: serialized result, or the reason as RQ stores it
     payload: bytes
     working_s: float = 0.0
+    #: the failure's code
+    code: str = ""
 
     @classmethod
     def finished(cls, claim: Claim, result: bytes, working_s: float) -> Outcome:
@@ -64,7 +66,8 @@ class Outcome:
 
     @classmethod
     def failed(cls, claim: Claim, failure: JobFailedError) -> Outcome:
-        return cls(claim, "retry" if failure.retryable else "failed", wire.encode_exc_string(failure))
+        kind: Literal["failed", "retry"] = "retry" if failure.retryable else "failed"
+        return cls(claim, kind, wire.encode_exc_string(failure), code=failure.code)
 
 
 class ClaimStore:

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -216,10 +217,7 @@ class EmbedWorker(SimpleWorker):
         """Sent until Redis has it or the leases are over: what was computed is not lost to a short outage."""
         if not outcomes:
             return
-        for outcome in outcomes:
-            if outcome.kind != "finished":
-                self.failed_job_count += 1
-                logger.warning("job %s failed", outcome.claim.job_id)
+        self._tell_failures([outcome for outcome in outcomes if outcome.kind != "finished"])
         give_up_at = time.monotonic() + self.settings.lease_s
         while True:
             try:
@@ -234,6 +232,14 @@ class EmbedWorker(SimpleWorker):
         self.successful_job_count += sum(outcome.kind == "finished" for outcome in outcomes)
         for outcome in depended_on:
             self._enqueue_dependents(outcome.claim.queue, [outcome.claim.job_id])
+
+    def _tell_failures(self, failed: Sequence[Outcome]) -> None:
+        """One line however many fail at once; which ones they are is for debugging."""
+        self.failed_job_count += len(failed)
+        for code, number in Counter(outcome.code for outcome in failed).items():
+            logger.warning("failed jobs: %d, code %s", number, code)
+        for outcome in failed:
+            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
 
     def _drop_lost(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
         """Jobs that were canceled or taken over are encoded no further."""
