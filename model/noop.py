@@ -1,0 +1,128 @@
+"""A deterministic stand-in for a model: unit vectors drawn from a hash of the text.
+
+For tests and benchmarks of applications and of the queue. Knows no language, no weights and no torch: texts that
+mean the same get unrelated vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedq.model.encoder import Precision, TokenizedText, TruncationSide
+from embedq.model.errors import ModelNotFoundError, ModelOptionError, TextTooLongError
+from embedq.model.precision import normalize_rows, postprocess
+
+PREFIX = "noop:"
+MAX_EMBEDDING_DIM = 65536
+MAX_SEQ_LENGTH = 384
+#: Bytes of the hash; each picks a row of one table. Carried by the first two ids.
+NUM_TABLES = 8
+#: From here on each table fills its own slice of the vector; below, slices are too narrow to tell texts apart.
+MIN_SLICED_DIM = 128
+
+_SPECIAL_TOKENS = 2
+_PADDING_IDS = bytes(4 * MAX_SEQ_LENGTH)
+
+
+class NoopEncoder:
+    """Fulfils `Encoder`. The same text and prompt give the same vector in every process and version."""
+
+    revision = "noop"
+    max_seq_length = MAX_SEQ_LENGTH
+    default_normalize = True
+    max_batch_tokens = 65_536
+
+    def __init__(self, embedding_dim: int) -> None:
+        if not 1 <= embedding_dim <= MAX_EMBEDDING_DIM:
+            raise ModelNotFoundError(
+                f"{PREFIX}{embedding_dim}: the dimension must be 1 to {MAX_EMBEDDING_DIM}, such as {PREFIX}768"
+            )
+        self.embedding_dim = embedding_dim
+        self.name = f"{PREFIX}{embedding_dim}"
+
+    @classmethod
+    def parse(cls, name: str) -> NoopEncoder:
+        """`noop:768` -> NoopEncoder(768). Raises ModelNotFoundError for anything else."""
+        prefix, _, dim = name.partition(":")
+        if prefix != "noop" or not (dim.isascii() and dim.isdigit() and len(dim) < 10):
+            raise ModelNotFoundError(
+                f"{name!r} is no stand-in model: write {PREFIX} and a dimension, such as {PREFIX}768"
+            )
+        return cls(int(dim))
+
+    def resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        if prompt is not None:
+            return prompt
+        if prompt_name is not None:
+            raise ModelOptionError(f"{self.name} has no prompts, so none named {prompt_name!r}")
+        return ""
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str = "",
+        truncate: bool = True,
+        truncation_side: TruncationSide = "right",
+    ) -> list[TokenizedText]:
+        """One token a word and two more, as if for <s> and </s>."""
+        return [self._tokenize_one(index, prompt + text, truncate, truncation_side) for index, text in enumerate(texts)]
+
+    def _tokenize_one(self, index: int, text: str, truncate: bool, side: TruncationSide) -> TokenizedText:
+        words = text.split()
+        room = MAX_SEQ_LENGTH - _SPECIAL_TOKENS
+        truncated = len(words) > room
+        if truncated:
+            if not truncate:
+                raise TextTooLongError(
+                    f"text {index} has {len(words) + _SPECIAL_TOKENS} tokens, {self.name} takes {MAX_SEQ_LENGTH}",
+                    index,
+                )
+            words = words[:room] if side == "right" else words[-room:]
+            # Like a real model: what was cut away has no say in the vector.
+            text = " ".join(words)
+        try:
+            digest = blake2b(text.encode(), digest_size=NUM_TABLES).digest()
+        except UnicodeEncodeError as err:
+            raise ModelOptionError(f"text {index} is not valid Unicode: {err.reason}") from err
+        ids = np.frombuffer(digest + _PADDING_IDS[: 4 * len(words)], dtype=np.int32)
+        return TokenizedText(ids, truncated)
+
+    def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
+        if not batch:
+            return np.empty((0, self.embedding_dim), dtype=np.float32)
+        hashes = np.frombuffer(b"".join([text.ids[:2].tobytes() for text in batch]), dtype=np.uint8)
+        rows = hashes.reshape(-1, NUM_TABLES) + 256 * np.arange(NUM_TABLES)  # (n, 8) into the stacked tables
+        if self.embedding_dim < MIN_SLICED_DIM:
+            return normalize_rows(self._tables[rows].sum(axis=1))
+        vectors = self._tables.take(rows, axis=0).reshape(len(batch), -1)  # (n, 8 * width)
+        if vectors.shape[1] == self.embedding_dim:
+            return vectors  # eight slices of length 1/sqrt(8) each: a unit vector already
+        return normalize_rows(vectors[:, : self.embedding_dim])
+
+    @cached_property
+    def _tables(self) -> NDArray[np.float32]:
+        """(8 * 256, width) pseudo-random rows; where they are slices, each of length 1/sqrt(8)."""
+        sliced = self.embedding_dim >= MIN_SLICED_DIM
+        width = -(-self.embedding_dim // NUM_TABLES) if sliced else self.embedding_dim
+        # PCG64's raw stream is fixed by numpy's policy; its distributions are not, so none is used.
+        bits = np.random.PCG64(0).random_raw(NUM_TABLES * 256 * width)
+        uniform = (bits >> np.uint64(40)).astype(np.float32) - np.float32(2**23)
+        rows = uniform.reshape(-1, width)
+        return normalize_rows(rows) / np.float32(np.sqrt(NUM_TABLES)) if sliced else rows
+
+    def postprocess(
+        self,
+        vectors: NDArray[np.float32],
+        *,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        precision: Precision = "float32",
+    ) -> NDArray[np.generic]:
+        normalize = self.default_normalize if normalize is None else normalize
+        return postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)

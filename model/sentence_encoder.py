@@ -1,0 +1,297 @@
+"""The sentence encoder: a model folder loaded once, texts in, vectors out.
+
+Joins tokenizer, encoder and pooling; knows no queue and no download. `Encoder` is its seam to the worker, `encode`
+the whole way for everybody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from embedq.model import device as devices
+from embedq.model.config import MPNetConfig, read_config
+from embedq.model.encoder import Precision, TokenizedText, TruncationSide
+from embedq.model.errors import ModelFormatError, ModelOptionError
+from embedq.model.linear import linear_for
+from embedq.model.modules import DenseConfig, Modules, read_modules
+from embedq.model.mpnet import MPNet
+from embedq.model.packing import pack
+from embedq.model.pooling import pool
+from embedq.model.precision import postprocess
+from embedq.model.tokenizer import Tokenizer
+from embedq.model.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from embedq.model.progress import Progress
+
+#: Hex digits of the weights' SHA-256 in a revision.
+REVISION_DIGITS = 12
+#: Micro-batches whose vectors may wait on the device.
+MAX_PENDING = 16
+
+
+class SentenceEncoder:
+    """Fulfils `Encoder`. May be called from several threads; on one device they share its speed.
+
+    Attributes: path (the model folder), name, embedding_dim (after Dense), max_seq_length (tokens, special ones
+    included), device, dtype, default_normalize, prompts (name to text), max_batch_tokens.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        revision: str | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_batch_tokens: int | None = None,
+    ) -> None:
+        """From a folder; most callers want `load`."""
+        if max_batch_tokens is not None and max_batch_tokens < 1:
+            raise ModelOptionError(f"max_batch_tokens must be above 0, not {max_batch_tokens}")
+        self.path = path
+        self.name = name
+        self.device = device
+        self.dtype = dtype
+        self.max_batch_tokens = max_batch_tokens or devices.BATCH_TOKENS[device.type]
+        modules = read_modules(path)
+        config = read_config(modules.transformer)
+        self._checkpoint = Checkpoint(modules.transformer)
+        self._resolved_revision = revision
+        self._set_up_texts(modules, config)
+        self._set_up_vectors(modules, config)
+        self._model = MPNet(
+            config,
+            self._checkpoint,
+            device,
+            dtype,
+            max_scores=devices.MAX_SCORES[device.type],
+            make_linear=linear_for(device, dtype),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        revision: str | None = None,
+        max_batch_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> SentenceEncoder:
+        """From a folder or by name, fetched if needed.
+
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. dtype: `auto`, `float32`, `float16`, `bfloat16`.
+        revision: of a model on the hub. max_batch_tokens: tokens encoded at once (None: as suits the device).
+        Raises ModelSourceError, ModelFormatError, WeightsError, DeviceError.
+        """
+        from embedq.model.sources import resolve_model
+
+        chosen_device = devices.resolve_device(device)
+        chosen_dtype = devices.resolve_dtype(dtype, chosen_device)
+        resolved = resolve_model(str(model), revision=revision, progress=progress)
+        return cls(
+            resolved.path,
+            name=resolved.name,
+            revision=resolved.revision,
+            device=chosen_device,
+            dtype=chosen_dtype,
+            max_batch_tokens=max_batch_tokens,
+        )
+
+    def _set_up_texts(self, modules: Modules, config: MPNetConfig) -> None:
+        self.prompts = modules.prompts
+        self._default_prompt_name = modules.default_prompt_name
+        self.max_seq_length = min(modules.max_seq_length or config.max_length, config.max_length)
+        self._tokenizer = Tokenizer(modules.transformer, self.max_seq_length, lowercase=modules.lowercase)
+        if self._tokenizer.max_id >= config.vocab_size:
+            raise ModelFormatError(
+                f"{modules.transformer}: tokenizer.json has token id {self._tokenizer.max_id}, config.json only"
+                f" {config.vocab_size} (vocab_size)"
+            )
+
+    def _set_up_vectors(self, modules: Modules, config: MPNetConfig) -> None:
+        self.default_normalize = modules.normalize
+        self._pooling_modes = modules.pooling_modes
+        if modules.pooling_dim not in (None, config.hidden_size):
+            raise ModelFormatError(
+                f"{self.path}: Pooling is for {modules.pooling_dim} dimensions, the encoder has {config.hidden_size}"
+            )
+        self.embedding_dim = len(modules.pooling_modes) * config.hidden_size
+        self._dense: list[Dense] = []
+        for dense in modules.dense:
+            if dense.in_features != self.embedding_dim:
+                raise ModelFormatError(
+                    f"{dense.folder}: Dense takes {dense.in_features} dimensions and is given {self.embedding_dim}"
+                )
+            self._dense.append(Dense(dense, self.device))
+            self.embedding_dim = dense.out_features
+
+    @cached_property
+    def revision(self) -> str:
+        """The hub's commit, or the first 12 hex digits of the weights' SHA-256, computed on first use."""
+        return self._resolved_revision or self._checkpoint.sha256()[:REVISION_DIGITS]
+
+    def resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        if prompt is not None:
+            return prompt
+        if prompt_name is None:
+            return self.prompts[self._default_prompt_name] if self._default_prompt_name else ""
+        if prompt_name not in self.prompts:
+            known = ", ".join(sorted(self.prompts)) or "none"
+            raise ModelOptionError(f"{self.name} has no prompt named {prompt_name!r}; it has {known}")
+        return self.prompts[prompt_name]
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str = "",
+        truncate: bool = True,
+        truncation_side: TruncationSide = "right",
+    ) -> list[TokenizedText]:
+        """Raises TextTooLongError, and ModelOptionError for what is no valid Unicode string."""
+        return self._tokenizer(texts, prompt=prompt, truncate=truncate, truncation_side=truncation_side)
+
+    def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
+        """(n, embedding_dim) float32 in the batch's order, before normalisation.
+
+        Computed in micro-batches of at most `max_batch_tokens`, so memory does not grow with the batch.
+        """
+        return self._encode_tokens(batch, _report_nothing)
+
+    def _encode_tokens(self, batch: Sequence[TokenizedText], report: Callable[[int], None]) -> NDArray[np.float32]:
+        vectors = np.empty((len(batch), self.embedding_dim), dtype=np.float32)
+        if not batch:
+            return vectors
+        lengths = np.array([text.num_tokens for text in batch])
+        self._check_ids(batch, lengths)
+        pending: list[tuple[NDArray[np.int64], Tensor]] = []
+        with torch.inference_mode():
+            for rows in self._cut(np.argsort(-lengths, kind="stable"), lengths):
+                pending.append((rows, self._encode_packed([batch[i].ids for i in rows])))
+                # Copying waits for the device; a few batches at once let a GPU work ahead.
+                if len(pending) == MAX_PENDING:
+                    _copy_out(pending, vectors)
+                report(len(rows))
+            _copy_out(pending, vectors)
+        return vectors
+
+    def _check_ids(self, batch: Sequence[TokenizedText], lengths: NDArray[np.int64]) -> None:
+        """An id out of range reads foreign memory on a CPU and kills a GPU's context."""
+        config = self._model.config
+        if lengths.min() < 1 or lengths.max() > config.max_length:
+            index = int(np.argmax((lengths < 1) | (lengths > config.max_length)))
+            raise ModelOptionError(
+                f"text {index} has {lengths[index]} tokens: this model takes 1 to {config.max_length}"
+            )
+        ids = np.concatenate([text.ids for text in batch])
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            raise ModelOptionError(f"token ids must be 0 to {config.vocab_size - 1}, not {ids.min()} to {ids.max()}")
+
+    def _cut(self, order: NDArray[np.int64], lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Slices of `order` of at most `max_batch_tokens`, at least one text each."""
+        start = num_tokens = 0
+        for end, length in enumerate(lengths[order].tolist()):
+            if num_tokens + length > self.max_batch_tokens and end > start:
+                yield order[start:end]
+                start, num_tokens = end, 0
+            num_tokens += length
+        yield order[start:]
+
+    def _encode_packed(self, sequences: list[NDArray[np.int32]]) -> Tensor:
+        """(n, embedding_dim) on the device, for sequences the longest first."""
+        packed = pack(sequences)
+        hidden, lengths = devices.for_segments(self._model(packed), torch.tensor(packed.lengths))
+        vectors = pool(hidden, lengths, self._pooling_modes).to(self.device)
+        for dense in self._dense:
+            vectors = dense(vectors)
+        return vectors
+
+    def postprocess(
+        self,
+        vectors: NDArray[np.float32],
+        *,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        precision: Precision = "float32",
+    ) -> NDArray[np.generic]:
+        normalize = self.default_normalize if normalize is None else normalize
+        return postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        precision: Precision = "float32",
+        truncate: bool = True,
+        truncation_side: TruncationSide = "right",
+        show_progress: bool = False,
+    ) -> NDArray[np.generic]:
+        """(n, d) in the order of `texts`; a single str gives (1, d).
+
+        normalize: None means as the model says. dimensions: cut, then normalise. precision: float32, float16,
+        binary, ubinary. Raises ModelOptionError, TextTooLongError if `truncate` is false.
+        """
+        batch = self.tokenize(
+            [texts] if isinstance(texts, str) else texts,
+            prompt=self.resolve_prompt(prompt, prompt_name),
+            truncate=truncate,
+            truncation_side=truncation_side,
+        )
+        with _progress_bar(len(batch)) if show_progress else nullcontext(_report_nothing) as report:
+            vectors = self._encode_tokens(batch, report)
+        return self.postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)
+
+
+class Dense:
+    """sentence-transformers' `Dense`, always in float32: it is small, and vectors are float32 from pooling on."""
+
+    def __init__(self, config: DenseConfig, device: torch.device) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"linear.weight": (config.out_features, config.in_features)}
+        if config.bias:
+            shapes["linear.bias"] = (config.out_features,)
+        checkpoint = Checkpoint(config.folder)
+        checkpoint.check(shapes)
+        tensors = checkpoint.read(shapes)
+        self._weight = tensors["linear.weight"].to(device, torch.float32)
+        self._bias = tensors["linear.bias"].to(device, torch.float32) if config.bias else None
+        self._is_tanh = config.activation == "tanh"
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        vectors = functional.linear(vectors, self._weight, self._bias)
+        return vectors.tanh() if self._is_tanh else vectors
+
+
+def _copy_out(pending: list[tuple[NDArray[np.int64], Tensor]], vectors: NDArray[np.float32]) -> None:
+    for rows, part in pending:
+        vectors[rows] = part.cpu().numpy()
+    pending.clear()
+
+
+def _report_nothing(_num_texts: int) -> None: ...
+
+
+@contextmanager
+def _progress_bar(num_texts: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import Progress as Bar
+
+    with Bar(transient=True) as bar:
+        task = bar.add_task("encoding", total=num_texts)
+        yield lambda done: bar.advance(task, done)

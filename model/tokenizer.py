@@ -1,0 +1,187 @@
+"""Texts to token ids: `tokenizer.json` by the tokenizers library, and truncation on top of it.
+
+Knows no model beyond its longest sequence. What the file itself says of padding and truncation is switched off:
+texts are packed, and truncation must tell whether it cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer, Lowercase
+from tokenizers.normalizers import Sequence as NormalizerSequence
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from embedq.model.encoder import TokenizedText, TruncationSide
+from embedq.model.errors import ModelFormatError, ModelOptionError, TextTooLongError
+
+TOKENIZER_FILE = "tokenizer.json"
+#: Texts given to the library at once: bounds the memory of what it returns beyond the ids.
+BATCH_TEXTS = 1024
+#: Of a longer text only this many characters for each token of room are tokenised at first.
+CHARS_PER_TOKEN = 16
+#: Growth of that piece while it gives too few tokens.
+GROWTH = 8
+
+_ASCII_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+#: CJK Unified Ideographs: BertNormalizer puts spaces around each. They stand for themselves under NFD.
+_CJK = "\u4e00-\u9fff"
+
+
+class Tokenizer:
+    """Safe to call from several threads: nothing of it changes after loading."""
+
+    def __init__(self, folder: Path, max_seq_length: int, *, lowercase: bool = False) -> None:
+        self._tokenizer = _load(folder / TOKENIZER_FILE)
+        self._boundary = _boundary_pattern(self._tokenizer)
+        if lowercase:
+            _prepend_lowercase(self._tokenizer)
+        self._prefix, self._suffix = _special_ids(self._tokenizer, folder)
+        self.max_seq_length = max_seq_length
+        self._room = max_seq_length - len(self._prefix) - len(self._suffix)
+        if self._room < 0:
+            raise ModelFormatError(f"{folder}: max_seq_length {max_seq_length} has no room for the special tokens")
+
+    @property
+    def max_id(self) -> int:
+        return max(self._tokenizer.get_vocab().values())
+
+    def __call__(
+        self, texts: Sequence[str], *, prompt: str, truncate: bool, truncation_side: TruncationSide
+    ) -> list[TokenizedText]:
+        if truncation_side not in ("right", "left"):
+            raise ModelOptionError(f"truncation_side must be 'right' or 'left', not {truncation_side!r}")
+        return [
+            self._assemble(ids, index, truncate, truncation_side)
+            for first in range(0, len(texts), BATCH_TEXTS)
+            for index, ids in enumerate(
+                self._bare_ids(texts[first : first + BATCH_TEXTS], first, prompt, truncation_side), start=first
+            )
+        ]
+
+    def _assemble(self, ids: list[int], index: int, truncate: bool, side: TruncationSide) -> TokenizedText:
+        truncated = len(ids) > self._room
+        if truncated:
+            if not truncate:
+                raise TextTooLongError(
+                    f"text {index} is longer than the {self.max_seq_length} tokens this model takes: shorten it or"
+                    " allow truncation",
+                    index,
+                )
+            ids = ids[: self._room] if side == "right" else ids[len(ids) - self._room :]
+        return TokenizedText(np.array([*self._prefix, *ids, *self._suffix], dtype=np.int32), truncated)
+
+    def _bare_ids(self, texts: Sequence[str], first: int, prompt: str, side: TruncationSide) -> list[list[int]]:
+        """Ids without special tokens, at least `room + 1` of them where there are more.
+
+        A long text is tokenised from a piece of it (see `_piece`). The piece's tokens are the text's first (last)
+        ones, so more of them than there is room for are proof enough that the text is cut, and where.
+        """
+        full_texts = [self._with_prompt(text, index, prompt) for index, text in enumerate(texts, start=first)]
+        limit = CHARS_PER_TOKEN * (self._room + 1)
+        pieces = [self._piece(text, limit, side) for text in full_texts]
+        ids = self._encode(pieces, first)
+        for place, text in enumerate(full_texts):
+            text_limit = limit
+            while len(ids[place]) <= self._room and len(pieces[place]) < len(text):
+                text_limit *= GROWTH
+                pieces[place] = self._piece(text, text_limit, side)
+                ids[place] = self._encode([pieces[place]], first + place)[0]
+        return ids
+
+    @staticmethod
+    def _with_prompt(text: str, index: int, prompt: str) -> str:
+        if not isinstance(text, str):
+            raise ModelOptionError(f"text {index} must be a str, not {type(text).__name__}")
+        return prompt + text
+
+    def _piece(self, text: str, limit: int, side: TruncationSide) -> str:
+        """About `limit` characters of the text's beginning (end), cut where tokens surely part."""
+        if len(text) <= limit or self._boundary is None:
+            return text
+        found = self._boundary.search(text, limit if side == "right" else len(text) - limit)
+        if found is None:
+            return text
+        return text[: found.start()] if side == "right" else text[found.start() :]
+
+    def _encode(self, texts: list[str], first: int) -> list[list[int]]:
+        try:
+            # Releases the GIL; runs on all cores unless TOKENIZERS_PARALLELISM is off.
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError as err:
+            # What the library says of a lone surrogate: it has no UTF-8.
+            index = first + next((place for place, text in enumerate(texts) if not _is_unicode(text)), 0)
+            raise ModelOptionError(f"text {index} is not valid Unicode: it has a surrogate without its pair") from err
+        return [encoding.ids for encoding in encodings]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    if not path.exists():
+        raise ModelFormatError(
+            f"{path} is missing; write it with transformers:"
+            " AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as err:  # the library raises plain Exception
+        raise ModelFormatError(f"{path} cannot be read by tokenizers: {err}; fetch the file again") from err
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    # BPE and Unigram remember every word they see, long ones too (tokenizers#1539); WordPiece remembers none.
+    if hasattr(tokenizer.model, "_resize_cache"):
+        tokenizer.model._resize_cache(0)
+    return tokenizer
+
+
+def _prepend_lowercase(tokenizer: tokenizers.Tokenizer) -> None:
+    """As sentence-transformers does where `do_lower_case` is set."""
+    present = tokenizer.normalizer
+    tokenizer.normalizer = NormalizerSequence([Lowercase(), present] if present is not None else [Lowercase()])
+
+
+def _special_ids(tokenizer: tokenizers.Tokenizer, folder: Path) -> tuple[list[int], list[int]]:
+    """What the post-processor puts before and after a text."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    full = tokenizer.encode("a").ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    raise ModelFormatError(f"{folder / TOKENIZER_FILE}: the post-processor changes the tokens of the text itself")
+
+
+def _boundary_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
+    """Characters before which a text may be cut in two so that the parts' tokens are the whole's; None if unsure.
+
+    Sure for BERT's own pipeline: it splits at whitespace, isolates punctuation and ideographs, and treats each
+    word by itself. ASCII whitespace and punctuation and CJK ideographs stay what they are through its clean-up.
+    An added token ("<mask>") is matched in the raw text, so none of its characters may be cut before.
+    """
+    normalizer = tokenizer.normalizer
+    added = tokenizer.get_added_tokens_decoder().values()
+    if (
+        not isinstance(normalizer, BertNormalizer)
+        or not isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
+        or not isinstance(tokenizer.model, WordPiece)
+        # Whether such a token is one depends on its neighbours.
+        or any(token.single_word for token in added)
+    ):
+        return None
+    reserved = "".join(token.content for token in added)
+    if re.search(rf"[\s{_CJK}]", reserved):
+        return None
+    punctuation = "".join(re.escape(char) for char in _ASCII_PUNCTUATION if char not in reserved)
+    ideographs = _CJK if normalizer.handle_chinese_chars else ""
+    return re.compile(rf"[ \t\n\r{ideographs}{punctuation}]")
