@@ -45,6 +45,10 @@ class Encoder(Protocol):
         """Which weights: the hub's commit, or the first 12 hex digits of the weights' SHA-256."""
 
     @property
+    def placement(self) -> str:
+        """Device and number type for people, such as `cuda:0 float16`."""
+
+    @property
     def embedding_dim(self) -> int: ...
 
     @property

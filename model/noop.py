@@ -33,6 +33,7 @@ class NoopEncoder:
     """Fulfils `Encoder`. The same text and prompt give the same vector in every process and version."""
 
     revision = "noop"
+    placement = "cpu"
     max_seq_length = MAX_SEQ_LENGTH
     default_normalize = True
     max_batch_tokens = 65_536

@@ -144,6 +144,11 @@ class SentenceEncoder:
         """The hub's commit, or the first 12 hex digits of the weights' SHA-256, computed on first use."""
         return self._resolved_revision or self._checkpoint.sha256()[:REVISION_DIGITS]
 
+    @property
+    def placement(self) -> str:
+        """Such as `cpu float32`."""
+        return f"{self.device} {str(self.dtype).removeprefix('torch.')}"
+
     def resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:
             return prompt

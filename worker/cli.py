@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import socket
 import traceback
 from pathlib import Path
 from typing import Any, get_args
@@ -138,7 +140,7 @@ def _settings_options(command: Any) -> Any:
 @click.command()
 @click.argument("queues", nargs=-1)
 @client.url_option
-@click.option("--name", envvar="EMBEDQ_NAME", help="The worker's name; default: a random one.")
+@click.option("--name", envvar="EMBEDQ_NAME", help="The worker's name; default: host, process and chance.")
 @click.option("--burst", envvar="EMBEDQ_BURST", is_flag=True, help="Stop once the queues are empty.")
 @click.option("--max-jobs", envvar="EMBEDQ_MAX_JOBS", type=click.IntRange(min=1), help="Stop after so many jobs.")
 @_settings_options
@@ -170,6 +172,7 @@ def worker(
     names = list(queues) or [os.environ.get("EMBEDQ_QUEUE", DEFAULT_QUEUE)]
     with translated_errors(connection):
         connection.ping()
+        name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
         EmbedWorker(names, name=name, connection=connection, settings=checked).work(burst=burst, max_jobs=max_jobs)
 
 

@@ -126,11 +126,12 @@ def _print_speed(console: Console, found: Sequence[Embeddings], took_s: float) -
 def _print_next_steps(console: Console) -> None:
     console.print(
         "\nNext:\n"
-        "  embedq up                       a Redis and a worker that stay; prints their URL\n"
-        '  embedq embed "any text"         one text, now (with EMBEDQ_URL set to that URL)\n'
-        "  embedq enqueue --file FILE      a job a line; prints the ids\n"
-        "  embedq status ID | result ID    follow a job, fetch its vector\n"
-        "  embedq --help                   all commands"
+        "  embedq up                      a Redis and a worker that stay; prints a URL\n"
+        "  export EMBEDQ_URL=that URL\n"
+        '  embedq embed "any text"        one text, now\n'
+        "  embedq enqueue --file FILE     a job a line; prints the ids\n"
+        "  embedq status ID, result ID     follow a job, fetch its vector\n"
+        "  embedq --help                  all commands"
     )
 
 

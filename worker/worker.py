@@ -172,6 +172,7 @@ class EmbedWorker(SimpleWorker):
         if claimed.suspended:
             self.check_for_suspension(burst=False)
         if claimed.claims:
+            self._state = WorkerStatus.BUSY.value  # as claim.lua told Redis
             self.leases.hold(claimed.claims)
             self.reorder_queues(next(q for q in self.queues if q.name == claimed.claims[0].queue))
         return claimed.claims
@@ -294,13 +295,13 @@ class EmbedWorker(SimpleWorker):
             mapping={
                 "embedq_model": encoder.name,
                 "embedq_revision": encoder.revision,
-                "embedq_device": self.settings.device,
+                "embedq_device": encoder.placement,
                 "embedq_max_batch_tokens": self.engine.max_batch_tokens,
             },
         )
         logger.info(
             "worker %s serves %s on %s: queues %s, up to %d tokens a micro-batch, leases of %g s",
-            *(self.name, encoder.name, self.settings.device, ", ".join(self.queue_names())),
+            *(self.name, encoder.name, encoder.placement, ", ".join(self.queue_names())),
             *(self.engine.max_batch_tokens, self.settings.lease_s),
         )
 

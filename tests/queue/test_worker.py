@@ -148,6 +148,8 @@ def test_an_idle_worker_wakes_at_once_when_a_job_comes(queue: EmbedQueue, start:
             began_at = time.monotonic()
             client.embed("text", timeout=20)
             assert time.monotonic() - began_at < 5  # not the 15 s after which it would look by itself
+    [key] = queue._redis.smembers(keys.WORKERS)
+    until(lambda: queue._redis.hget(key, "state") == b"idle")
 
 
 def test_sigterm_ends_an_idle_worker_at_once(queue: EmbedQueue, start: Start) -> None:
