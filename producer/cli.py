@@ -28,18 +28,15 @@ from embedq.producer.queue import DEFAULT_QUEUE, EmbedQueue
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 url_option = click.option(
-    "--url", envvar="EMBEDQ_URL", default=DEFAULT_URL, show_default=True, help="Redis: redis://, rediss:// or unix://."
+    "--url", default=DEFAULT_URL, show_default=True, help="Redis: redis://, rediss:// or unix://."
 )
-queue_option = click.option(
-    "--queue", envvar="EMBEDQ_QUEUE", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue."
-)
+queue_option = click.option("--queue", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 
 
 def timeout_option(default: float) -> Callable[[Command], Command]:
     return click.option(
         "--timeout",
-        envvar="EMBEDQ_TIMEOUT",
         type=click.FloatRange(min=0),
         default=default,
         show_default=True,
@@ -50,13 +47,12 @@ def timeout_option(default: float) -> Callable[[Command], Command]:
 def embed_options(command: Command) -> Command:
     """The options of `EmbedOptions`; those left out stay the model's own."""
     options = [
-        click.option("--prompt", envvar="EMBEDQ_PROMPT", help="Text to put before each input."),
-        click.option("--prompt-name", envvar="EMBEDQ_PROMPT_NAME", help="One of the model's own prompts, by name."),
+        click.option("--prompt", help="Text to put before each input."),
+        click.option("--prompt-name", help="One of the model's own prompts, by name."),
         click.option("--normalize/--no-normalize", default=None, help="Unit length; default: as the model says."),
-        click.option("--dimensions", envvar="EMBEDQ_DIMENSIONS", type=int, help="Keep the first so many dimensions."),
+        click.option("--dimensions", type=int, help="Keep the first so many dimensions."),
         click.option(
             "--precision",
-            envvar="EMBEDQ_PRECISION",
             type=click.Choice(get_args(Precision)),
             default="float32",
             show_default=True,
@@ -65,7 +61,6 @@ def embed_options(command: Command) -> Command:
         click.option("--truncate/--no-truncate", default=True, show_default=True, help="Cut texts that are too long."),
         click.option(
             "--truncation-side",
-            envvar="EMBEDQ_TRUNCATION_SIDE",
             type=click.Choice(get_args(TruncationSide)),
             default="right",
             show_default=True,
@@ -91,7 +86,6 @@ def output_options(command: Command) -> Command:
     return click.option(
         "--format",
         "file_format",
-        envvar="EMBEDQ_FORMAT",
         type=click.Choice(["summary", *formats.FILE_FORMATS]),
         default="summary",
         show_default=True,
@@ -214,27 +208,29 @@ def result(job_id: str, file_format: str, output: Path | None, timeout: float, u
 @click.command()
 @click.argument("job_ids", nargs=-1, required=True)
 @url_option
-def cancel(job_ids: tuple[str, ...], url: str) -> None:
+@json_option
+def cancel(job_ids: tuple[str, ...], url: str, as_json: bool) -> None:
     """Cancel jobs that have not ended yet. What a worker still makes of them is dropped."""
 
     def cancel_one(client: EmbedQueue, job_id: str) -> str:
         return "canceled" if client.cancel(job_id) else f"had ended before: {client.status(job_id)}"
 
-    _for_each(job_ids, url, cancel_one)
+    _for_each(job_ids, url, cancel_one, as_json)
 
 
 @click.command()
 @click.argument("job_ids", nargs=-1, required=True)
 @click.option("--at-front", is_flag=True, help="At the head of the queue.")
 @url_option
-def requeue(job_ids: tuple[str, ...], at_front: bool, url: str) -> None:
+@json_option
+def requeue(job_ids: tuple[str, ...], at_front: bool, url: str, as_json: bool) -> None:
     """Put failed or canceled jobs back on their queue, their retries restored."""
 
     def requeue_one(client: EmbedQueue, job_id: str) -> str:
         client.requeue(job_id, at_front=at_front)
         return "queued"
 
-    _for_each(job_ids, url, requeue_one)
+    _for_each(job_ids, url, requeue_one, as_json)
 
 
 @click.command()
@@ -314,18 +310,20 @@ def _client(url: str) -> Iterator[redis.Redis]:
         client.close()
 
 
-def _for_each(job_ids: tuple[str, ...], url: str, action: Callable[[EmbedQueue, str], str]) -> None:
+def _for_each(job_ids: tuple[str, ...], url: str, action: Callable[[EmbedQueue, str], str], as_json: bool) -> None:
     """Every job is tried; the first error ends the command after the last."""
     first_error: EmbedqError | None = None
     with EmbedQueue(url) as client:
         for job_id in job_ids:
             try:
-                click.echo(f"{job_id}  {action(client, job_id)}")
+                outcome = action(client, job_id)
             except EmbedqError as err:
                 if len(job_ids) == 1:
                     raise
                 click.echo(f"{job_id}  {err}", err=True)
                 first_error = first_error or err
+            else:
+                echo_json({"id": job_id, "outcome": outcome}) if as_json else click.echo(f"{job_id}  {outcome}")
     if first_error is not None:
         raise first_error
 

@@ -88,7 +88,7 @@ class ErrorGroup(click.Group):
 
 @click.group(cls=ErrorGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="embedq", message="embedq %(version)s")
-@click.option("--debug", envvar="EMBEDQ_DEBUG", is_flag=True, help="Show tracebacks and debug logs.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
 def main(debug: bool) -> None:
     """Text embeddings over a Redis queue.
 
@@ -109,7 +109,6 @@ def _setting(name: str, **attributes: Any) -> Any:
     return click.option(
         "--" + name.replace("_", "-"),
         name,
-        envvar=environment_variable(name),
         default=default,
         show_default=default is not None,
         **attributes,
@@ -138,11 +137,11 @@ def _settings_options(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("queues", nargs=-1)
+@click.argument("queues", nargs=-1, envvar=environment_variable("queue"))
 @client.url_option
-@click.option("--name", envvar="EMBEDQ_NAME", help="The worker's name; default: host, process and chance.")
-@click.option("--burst", envvar="EMBEDQ_BURST", is_flag=True, help="Stop once the queues are empty.")
-@click.option("--max-jobs", envvar="EMBEDQ_MAX_JOBS", type=click.IntRange(min=1), help="Stop after so many jobs.")
+@click.option("--name", help="The worker's name; default: host, process and chance.")
+@click.option("--burst", is_flag=True, help="Stop once the queues are empty.")
+@click.option("--max-jobs", type=click.IntRange(min=1), help="Stop after so many jobs.")
 @_settings_options
 @click.pass_context
 def worker(
@@ -169,7 +168,7 @@ def worker(
     checked = WorkerSettings(**settings)
     logs.configure(checked.log_format, logging.DEBUG if context.find_root().params.get("debug") else logging.INFO)
     connection = connect(url)
-    names = list(queues) or [os.environ.get("EMBEDQ_QUEUE", DEFAULT_QUEUE)]
+    names = list(queues) or [DEFAULT_QUEUE]
     with translated_errors(connection):
         connection.ping()
         name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
@@ -177,12 +176,9 @@ def worker(
 
 
 @click.command()
-@click.option(
-    "--port", envvar="EMBEDQ_PORT", type=int, default=6390, show_default=True, help="Port of the Redis; 0: a free one."
-)
+@click.option("--port", type=int, default=6390, show_default=True, help="Port of the Redis; 0: a free one.")
 @click.option(
     "--data",
-    envvar="EMBEDQ_DATA",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of Redis' data, kept across restarts; default: the user's data folder.",
 )
@@ -211,8 +207,20 @@ def demo(**settings: Any) -> None:
     run_demo(WorkerSettings(**settings))
 
 
+def _name_variables(command: click.Command) -> None:
+    """Gives every option its environment variable, so that none is forgotten and none is named otherwise."""
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and not parameter.is_eager:
+            flag = max(parameter.opts, key=len).lstrip("-")
+            parameter.envvar = environment_variable(flag.replace("-", "_"))
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            _name_variables(inner)
+
+
 for _command in (demo, up, worker, *client.COMMANDS, model_group):
     main.add_command(_command)
+_name_variables(main)
 
 if __name__ == "__main__":
     main()

@@ -108,7 +108,7 @@ def test_cancel_and_requeue_say_what_became_of_each_job(embedq: Shell, queue: Em
     assert embedq("cancel", "one").stdout == "one  canceled\n"
     drain()
     assert embedq("cancel", "two", "one").stdout == "two  had ended before: finished\none  had ended before: canceled\n"
-    assert embedq("requeue", "one").stdout == "one  queued\n"
+    assert json.loads(embedq("requeue", "one", "--json").stdout) == {"id": "one", "outcome": "queued"}
     assert one.status() is JobStatus.QUEUED
     several = embedq("requeue", "two", "nobody")
     assert several.exit_code == 1
@@ -237,7 +237,17 @@ def test_debug_shows_the_traceback_too(embedq: Shell) -> None:
     assert "error: there is no job nobody" in shown.stderr
 
 
-def test_help_is_there_for_every_command_and_names_its_variables(embedq: Shell) -> None:
+def test_every_option_has_its_environment_variable(embedq: Shell, queue: EmbedQueue) -> None:
+    embedq.environment |= {"EMBEDQ_QUEUE": "other", "EMBEDQ_DIMENSIONS": "3", "EMBEDQ_RESULT_TTL": "77"}
+    embedq.environment |= {"EMBEDQ_JSON": "1", "EMBEDQ_JOB_ID": "mine"}
+    assert json.loads(embedq("enqueue", "x").stdout) == {"id": "mine"}
+    fields = queue._redis.hgetall(keys.job("mine"))
+    assert fields[b"origin"] == b"other"
+    assert fields[b"result_ttl"] == b"77"
+    assert b'"dimensions":3' in fields[b"data"]
+
+
+def test_help_is_there_for_every_command_and_option(embedq: Shell) -> None:
     for name, command in main.commands.items():
         shown = embedq(name, "--help")
         assert shown.exit_code == 0
