@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from embedq.model import device as devices
 from embedq.model.config import MPNetConfig, read_config
+from embedq.model.dense import Dense
 from embedq.model.encoder import Precision, TokenizedText, TruncationSide
 from embedq.model.errors import ModelFormatError, ModelOptionError
 from embedq.model.linear import linear_for
-from embedq.model.modules import DenseConfig, Modules, read_modules
+from embedq.model.modules import Modules, read_modules
 from embedq.model.mpnet import MPNet
 from embedq.model.packing import pack
 from embedq.model.pooling import pool
@@ -263,25 +263,6 @@ class SentenceEncoder:
         with _progress_bar(len(batch)) if show_progress else nullcontext(_report_nothing) as report:
             vectors = self._encode_tokens(batch, report)
         return self.postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)
-
-
-class Dense:
-    """sentence-transformers' `Dense`, always in float32: it is small, and vectors are float32 from pooling on."""
-
-    def __init__(self, config: DenseConfig, device: torch.device) -> None:
-        shapes: dict[str, tuple[int, ...]] = {"linear.weight": (config.out_features, config.in_features)}
-        if config.bias:
-            shapes["linear.bias"] = (config.out_features,)
-        checkpoint = Checkpoint(config.folder)
-        checkpoint.check(shapes)
-        tensors = checkpoint.read(shapes)
-        self._weight = tensors["linear.weight"].to(device, torch.float32)
-        self._bias = tensors["linear.bias"].to(device, torch.float32) if config.bias else None
-        self._is_tanh = config.activation == "tanh"
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        vectors = functional.linear(vectors, self._weight, self._bias)
-        return vectors.tanh() if self._is_tanh else vectors
 
 
 def _copy_out(pending: list[tuple[NDArray[np.int64], Tensor]], vectors: NDArray[np.float32]) -> None:

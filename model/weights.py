@@ -116,8 +116,8 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in PICKLE_FILES:
         if (folder / name).exists():
             raise ModelFormatError(
-                f"{folder} has only {name}, a pickle, which can run code and is not read; convert it with"
-                " transformers: AutoModel.from_pretrained(folder).save_pretrained(folder)"
+                f"{folder} has only {name}, a pickle, which can run code and is not read; convert it: load the model"
+                " with sentence-transformers or transformers, save it again and load that folder"
             )
     raise ModelFormatError(f"{folder / WEIGHTS_FILE} is missing: is this the folder of a whole model?")
 
