@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
 from embedq.producer.errors import InvalidJobIdError, InvalidOptionError, InvalidTextError
@@ -104,7 +104,7 @@ class EmbedOptions:
 
     def to_mapping(self) -> dict[str, Any]:
         """Only what differs from the defaults: what goes over the wire."""
-        return {name: value for name, value in asdict(self).items() if value != _DEFAULTS[name]}
+        return {name: value for name, default in _DEFAULTS.items() if (value := getattr(self, name)) != default}
 
 
 #: The names that `EmbedOptions` takes, in its order.

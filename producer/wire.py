@@ -13,7 +13,7 @@ import base64
 import binascii
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -89,7 +89,7 @@ def encode_result(result: Embeddings) -> bytes:
         "worker": result.worker,
         "num_tokens": orjson.dumps(result.num_tokens).decode(),
         "truncated": orjson.dumps(result.truncated).decode(),
-        "timings": orjson.dumps(asdict(result.timings)).decode(),
+        "timings": orjson.dumps(result.timings).decode(),
     }
     return save({"embeddings": result.vectors}, metadata)
 

@@ -77,8 +77,9 @@ class Engine:
             tokens = self.encoder.tokenize(
                 request.texts, prompt=prompt, truncate=options.truncate, truncation_side=options.truncation_side
             )
-            # Asked of an empty array, so that a job which cannot be finished is never encoded.
-            self._postprocess(np.empty((0, self.encoder.embedding_dim), np.float32), request)
+            if options.dimensions is not None or options.precision != "float32":
+                # Asked of an empty array, so that a job which cannot be finished is never encoded.
+                self._postprocess(np.empty((0, self.encoder.embedding_dim), np.float32), request)
         except ModelError as err:
             raise _job_failure(err) from err
         shape = (len(tokens), self.encoder.embedding_dim)
