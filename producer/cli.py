@@ -243,7 +243,9 @@ def info(url: str, as_json: bool) -> None:
     if as_json:
         echo_json(seen.to_plain())
     else:
-        _print_fleet(seen)
+        from embedq.producer import tables
+
+        tables.print_fleet(seen)
 
 
 #: In the order in which `embedq --help` lists them.
@@ -286,7 +288,9 @@ def check_output(file_format: str, output: Path | None) -> None:
 
 def write_result(result: Embeddings, file_format: str, output: Path | None) -> None:
     if file_format == "summary":
-        _print_summary(result)
+        from embedq.producer import tables
+
+        tables.print_summary(result)
         return
     data = formats.encode(result, file_format)
     if output is None:
@@ -326,49 +330,3 @@ def _for_each(job_ids: tuple[str, ...], url: str, action: Callable[[EmbedQueue, 
                 echo_json({"id": job_id, "outcome": outcome}) if as_json else click.echo(f"{job_id}  {outcome}")
     if first_error is not None:
         raise first_error
-
-
-def _print_summary(result: Embeddings) -> None:
-    import numpy as np
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("text", "tokens", "first numbers", "length")
-    for index, (row, num_tokens, cut) in enumerate(
-        zip(result.vectors, result.num_tokens, result.truncated, strict=True)
-    ):
-        numbers = row.astype(np.float32)
-        first = "  ".join(f"{number: .4f}" for number in numbers[:5])
-        table.add_row(str(index), f"{num_tokens}{' (cut)' if cut else ''}", first, f"{np.linalg.norm(numbers):.4f}")
-    console = Console()
-    console.print(table)
-    rows, columns = result.vectors.shape
-    timings = result.timings
-    console.print(
-        f"{rows} x {columns} {result.vectors.dtype} by {result.model}: "
-        f"queued {timings.queued_s:.3f} s, encoded {timings.encode_s:.3f} s, in all {timings.total_s:.3f} s"
-    )
-
-
-def _print_fleet(seen: fleet.FleetInfo) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if seen.suspended:
-        console.print("[yellow]suspended: no worker takes jobs until `rq resume`[/yellow]")
-    if not seen.queues and not seen.workers:
-        console.print("no queues and no workers here yet; `embedq worker` starts one")
-        return
-    queues = Table("queue", "queued", "started", "finished", "failed", "canceled")
-    for queue in seen.queues:
-        counts = (queue.queued, queue.started, queue.finished, queue.failed, queue.canceled)
-        queues.add_row(queue.name, *(f"{count:,}" for count in counts))
-    console.print(queues)
-    workers = Table("worker", "state", "queues", "model", "device", "done", "failed", "on")
-    for worker in seen.workers:
-        workers.add_row(
-            *(worker.name, worker.state, ", ".join(worker.queues), worker.model or "(stock rq)", worker.device),
-            *(f"{worker.jobs_done:,}", f"{worker.jobs_failed:,}", f"{worker.host}:{worker.pid}"),
-        )
-    console.print(workers if seen.workers else "no worker is running; `embedq worker` starts one")

@@ -25,10 +25,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from embedq.producer.jobs import EmbedJob
 
 
 class EmbedqError(Exception):
@@ -77,13 +73,13 @@ class QueueAccessError(QueueConnectionError):
 
 
 class PartialEnqueueError(QueueConnectionError):
-    """`jobs` are those known to be enqueued; enqueue the rest again."""
+    """`job_ids` are those known to be enqueued; enqueue the rest again."""
 
     code = "partial_enqueue"
 
-    def __init__(self, message: str, jobs: Sequence[EmbedJob]) -> None:
+    def __init__(self, message: str, job_ids: Sequence[str]) -> None:
         super().__init__(message)
-        self.jobs = list(jobs)
+        self.job_ids = list(job_ids)
 
 
 class QueueServerError(EmbedqError):

@@ -126,9 +126,8 @@ class EmbedQueue:
             except QueueConnectionError as err:
                 if not sent:
                     raise
-                raise PartialEnqueueError(
-                    f"{sent:,} of {len(jobs):,} jobs are enqueued; then: {err}", jobs[:sent]
-                ) from err
+                message = f"{sent:,} of {len(jobs):,} jobs are enqueued; then: {err}"
+                raise PartialEnqueueError(message, [job.id for job in jobs[:sent]]) from err
             sent += len(chunk)
         return jobs
 

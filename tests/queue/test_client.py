@@ -190,7 +190,7 @@ def test_a_connection_that_breaks_between_chunks_names_the_jobs_that_got_through
     monkeypatch.setattr(queue, "_push", breaks_later)
     with pytest.raises(PartialEnqueueError, match="4 of 7 jobs are enqueued; then: gone") as caught:
         queue.enqueue_many([str(number) for number in range(7)])
-    assert [job.status() for job in caught.value.jobs] == [JobStatus.QUEUED] * 4
+    assert list(queue.statuses(caught.value.job_ids).values()) == [JobStatus.QUEUED] * 4
     assert queue.depth() == 4
 
 
