@@ -26,6 +26,8 @@ DEFAULT_URL = "redis://localhost:6379/0"
 #: Seconds to wait for a connection, and for the answer to any command that doesn't block.
 CONNECT_TIMEOUT_S = 5.0
 SOCKET_TIMEOUT_S = 30.0
+#: How Redis says that it cannot serve at the moment; from inside a script of ours these come as plain text.
+_PASSING_REPLIES = ("OOM command not allowed", "when used memory > 'maxmemory'", "READONLY", "LOADING", "MASTERDOWN")
 #: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing when they are sent twice.
 RETRIES = 2
 
@@ -81,6 +83,15 @@ def translated_errors(client: redis.Redis) -> Iterator[None]:
         yield
     except redis.RedisError as err:
         raise translate(err, describe(client)) from err
+
+
+def is_passing(err: redis.RedisError) -> bool:
+    """Whether the same call may succeed later: Redis is away, starting, full, or a replica until a failover ends."""
+    if isinstance(err, redis.AuthenticationError):
+        return False
+    if isinstance(err, (redis.ConnectionError, redis.TimeoutError)):
+        return True
+    return any(reply in str(err) for reply in _PASSING_REPLIES)
 
 
 def translate(err: redis.RedisError, place: str) -> EmbedqError:

@@ -75,6 +75,7 @@ class LeaseKeeper:
         every_s = self._store.lease_s / RENEWALS
         recover_every_s = min(RECOVER_EVERY_S, every_s)
         next_renewal = next_recovery = time.monotonic()
+        failing = False
         while not self._stop.is_set():
             now = time.monotonic()
             try:
@@ -84,11 +85,12 @@ class LeaseKeeper:
                 if now >= next_recovery:
                     self.recover()
                     next_recovery = now + recover_every_s
+                failing = False
             except redis.RedisError as err:
                 # Tried again soon: until the lease has run out nothing is lost.
-                logger.warning("leases could not be renewed: %s", err)
-                next_renewal = now + every_s / RENEWALS
-                next_recovery = next_renewal
+                logger.log(logging.DEBUG if failing else logging.WARNING, "leases could not be renewed: %s", err)
+                failing = True
+                next_renewal = next_recovery = now + every_s / RENEWALS
             self._stop.wait(max(0.05, min(next_renewal, next_recovery) - time.monotonic()))
 
     def renew(self) -> None:
@@ -98,7 +100,7 @@ class LeaseKeeper:
             still_lost = [claim for claim in lost if claim.execution_id in self._held]
             self._lost.update(claim.execution_id for claim in still_lost)
         for claim in still_lost:
-            logger.info("job %s was canceled or taken over; its result will not count", claim.job_id)
+            logger.debug("job %s is not this worker's any more", claim.job_id)
 
     def recover(self) -> None:
         """One round over this worker's queues."""

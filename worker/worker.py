@@ -24,6 +24,7 @@ from rq.logutils import setup_loghandlers
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
 from embedq.producer import wire
+from embedq.producer.connection import is_passing
 from embedq.producer.errors import ConfigurationError, JobFailedError, WireError
 from embedq.producer.serializer import EmbedSerializer
 from embedq.worker.claims import Claim, ClaimStore, Outcome
@@ -38,7 +39,7 @@ logger = logging.getLogger("embedq.worker")
 
 #: Seconds an idle worker sleeps at most before it looks after its registries and at `rq suspend`.
 IDLE_S = 15.0
-#: Seconds between attempts to reach a Redis that is gone: the first, and the longest.
+#: Seconds between attempts to reach a Redis that cannot serve: the first, and the longest.
 RECONNECT_FIRST_S, RECONNECT_LONGEST_S = 0.5, 10.0
 #: Two signals within so many seconds are one: Ctrl-C reaches a process group twice.
 SAME_SIGNAL_S = 1.0
@@ -143,8 +144,12 @@ class EmbedWorker(SimpleWorker):
                 reconnect_s = RECONNECT_FIRST_S
             except StopRequested:
                 break
-            except (redis.ConnectionError, redis.TimeoutError) as err:
-                logger.warning("Redis cannot be reached (%s); trying again in %.1f s", err, reconnect_s)
+            except redis.RedisError as err:
+                if not is_passing(err):
+                    raise
+                logger.warning("Redis cannot serve (%s); trying again in %.1f s", err, reconnect_s)
+                # A claim kept here would be renewed and never worked on.
+                self._release_held()
                 self._sleep(reconnect_s)
                 reconnect_s = min(2 * reconnect_s, RECONNECT_LONGEST_S)
         logger.info("worker %s: %d jobs done, stopping", self.name, done)
@@ -224,8 +229,8 @@ class EmbedWorker(SimpleWorker):
             try:
                 depended_on = self.store.publish(outcomes)
                 break
-            except (redis.ConnectionError, redis.TimeoutError) as err:
-                if time.monotonic() > give_up_at:
+            except redis.RedisError as err:
+                if not is_passing(err) or time.monotonic() > give_up_at:
                     raise
                 logger.warning("results of %d jobs wait for Redis: %s", len(outcomes), err)
                 time.sleep(RECONNECT_FIRST_S)

@@ -210,8 +210,8 @@ def test_rqs_shutdown_command_stops_our_worker(queue: EmbedQueue, start: Start) 
     worker = start()
     until(lambda: workers(queue))
     send_shutdown_command(queue._client, _only_worker(queue))
-    output, _ = worker.communicate(timeout=20)
-    assert worker.returncode == 0, output
+    status, output = worker.ended()
+    assert status == 0, output
 
 
 def _only_worker(queue: EmbedQueue) -> str:

@@ -21,28 +21,44 @@ from embedq.worker.redis_server import RedisServer
 from embedq.worker.waiting import QueueWaiter
 from tests.conftest import Drain
 
-Start = Callable[..., subprocess.Popen[str]]
-
 EMBEDQ = (sys.executable, "-m", "embedq.worker.cli")
 
 
-@pytest.fixture
-def start(url: str) -> Iterator[Start]:
-    """`start("embed", "--lease-s", "1")` runs `embedq worker` with the stand-in; ended after the test."""
-    running: list[subprocess.Popen[str]] = []
+class RunningWorker:
+    """`embedq worker` with its output in a file: a pipe that nobody reads would stop it."""
 
-    def run(*arguments: str, at: str = url, program: Sequence[str] = EMBEDQ) -> subprocess.Popen[str]:
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def ended(self, timeout_s: float = 20) -> tuple[int, str]:
+        """Exit status and all it said."""
+        return self.process.wait(timeout_s), self.log.read_text()
+
+
+Start = Callable[..., RunningWorker]
+
+
+@pytest.fixture
+def start(url: str, tmp_path: Path) -> Iterator[Start]:
+    """`start("embed", "--lease-s", "1")` runs `embedq worker` with the stand-in; ended after the test."""
+    running: list[RunningWorker] = []
+
+    def run(*arguments: str, at: str = url, program: Sequence[str] = EMBEDQ) -> RunningWorker:
         command = [*program, "worker", "--url", at, "--model", "noop:8", *arguments]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        running.append(process)
-        return process
+        running.append(RunningWorker(command, tmp_path / f"worker-{len(running)}.log"))
+        return running[-1]
 
     yield run
-    for process in running:
-        if process.poll() is None:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-        process.communicate(timeout=20)
+    for worker in running:
+        if worker.process.poll() is None:
+            worker.send(signal.SIGCONT)
+            worker.process.kill()
+            worker.process.wait(20)
 
 
 @pytest.fixture
@@ -156,9 +172,9 @@ def test_sigterm_ends_an_idle_worker_at_once(queue: EmbedQueue, start: Start) ->
     worker = start()
     until(lambda: workers(queue))
     time.sleep(0.3)
-    worker.terminate()
-    output, _ = worker.communicate(timeout=10)
-    assert worker.returncode == 0, output
+    worker.send(signal.SIGTERM)
+    status, output = worker.ended(10)
+    assert status == 0, output
     assert workers(queue) == 0
     assert "Traceback" not in output
 
@@ -170,9 +186,9 @@ def test_a_signal_publishes_what_is_done_and_gives_the_rest_back_in_order(
     jobs = queue.enqueue_many([f"text {n}" for n in range(20_000)])
     worker = start("--max-batch-tokens", "8", "--max-claim-jobs", "20000")
     until(lambda: finished(queue) > 5)
-    worker.send_signal(number)
-    output, _ = worker.communicate(timeout=20)
-    assert worker.returncode == 0, output
+    worker.send(number)
+    status, output = worker.ended()
+    assert status == 0, output
     done = finished(queue)
     waiting = [entry.decode() for entry in queue._redis.lrange(keys.queue("embed"), 0, -1)]
     assert 5 < done < len(jobs)
@@ -187,8 +203,8 @@ def test_a_killed_workers_jobs_are_done_by_another_after_the_lease(queue: EmbedQ
     jobs = queue.enqueue_many([f"text {n}" for n in range(2_000)])
     first = start("--max-batch-tokens", "8", "--lease-s", "1", "--max-claim-jobs", "1500")
     until(lambda: finished(queue) > 5)
-    first.kill()
-    first.wait(10)
+    first.send(signal.SIGKILL)
+    first.ended()
     start("--lease-s", "1")
     until(lambda: finished(queue) == len(jobs), timeout_s=30)
     assert {job.status() for job in jobs} == {JobStatus.FINISHED}
@@ -200,13 +216,13 @@ def test_a_worker_that_sleeps_past_its_lease_changes_nothing_afterwards(queue: E
     jobs = queue.enqueue_many([f"text {n}" for n in range(3_000)])
     sleeper = start("--max-batch-tokens", "8", "--lease-s", "1", "--max-claim-jobs", "3000")
     until(lambda: finished(queue) > 5)
-    sleeper.send_signal(signal.SIGSTOP)
+    sleeper.send(signal.SIGSTOP)
     start("--lease-s", "1")
     until(lambda: finished(queue) == len(jobs), timeout_s=30)
-    sleeper.send_signal(signal.SIGCONT)
+    sleeper.send(signal.SIGCONT)
     time.sleep(0.5)
-    sleeper.terminate()
-    sleeper.communicate(timeout=20)
+    sleeper.send(signal.SIGTERM)
+    sleeper.ended()
     assert all(queue._redis.xlen(keys.results(job.id)) == 1 for job in jobs)
     assert {job.status() for job in jobs} == {JobStatus.FINISHED}
 
@@ -232,15 +248,42 @@ def test_a_worker_outlives_a_restart_of_redis(short_path: Path, start: Start) ->
         time.sleep(0.3)
         server.start()
         assert len(queue.embed("after", timeout=20)) == 1
-        worker.terminate()
-        output, _ = worker.communicate(timeout=20)
-        assert worker.returncode == 0, output
+        worker.send(signal.SIGTERM)
+        status, output = worker.ended()
+        assert status == 0, output
         assert "trying again" in output
+
+
+def test_an_outage_longer_than_the_lease_in_the_middle_of_work_strands_no_job(short_path: Path, start: Start) -> None:
+    server = RedisServer(short_path, durable=True)
+    with server, EmbedQueue(server.url) as queue:
+        jobs = queue.enqueue_many([f"text {n}" for n in range(3_000)], retries=9)
+        start("--max-batch-tokens", "8", "--lease-s", "1", "--max-claim-jobs", "3000", at=server.url)
+        until(lambda: finished(queue) > 5)
+        server.stop()
+        time.sleep(2.5)
+        server.start()
+        until(lambda: finished(queue) == len(jobs), timeout_s=40)
+        assert all(queue._redis.xlen(keys.results(job.id)) == 1 for job in jobs)
+        assert queue._redis.zcard(keys.started("embed")) == 0
+
+
+def test_a_redis_that_is_full_for_a_while_costs_no_job(queue: EmbedQueue, start: Start) -> None:
+    jobs = queue.enqueue_many([f"text {n}" for n in range(2_000)])
+    worker = start("--max-batch-tokens", "8", "--max-claim-jobs", "500")
+    until(lambda: finished(queue) > 5)
+    queue._redis.config_set("maxmemory", "1")
+    try:
+        time.sleep(1.0)
+        assert worker.process.poll() is None
+    finally:
+        queue._redis.config_set("maxmemory", "0")
+    until(lambda: finished(queue) == len(jobs), timeout_s=30)
 
 
 def test_log_lines_are_json_if_asked(queue: EmbedQueue, start: Start) -> None:
     queue.enqueue("a secret text")
-    output, _ = start("--burst", "--log-format", "json").communicate(timeout=20)
+    _, output = start("--burst", "--log-format", "json").ended()
     lines = [json.loads(line) for line in output.splitlines()]
     assert any(line["message"].startswith("micro-batch: 1 texts of 1 jobs") for line in lines)
     assert "secret" not in output
@@ -307,9 +350,9 @@ def test_a_grace_that_is_too_short_gives_the_jobs_back_and_says_so(
     job = queue.enqueue("text")
     worker = start("--grace-s", "0.5", program=hanging_device)
     until(lambda: job.status() is JobStatus.STARTED)
-    worker.terminate()
-    output, _ = worker.communicate(timeout=15)
-    assert worker.returncode == 3, output
+    worker.send(signal.SIGTERM)
+    status, output = worker.ended()
+    assert status == 3, output
     assert "not done within the grace of 0.5 s" in output
     assert job.status() is JobStatus.QUEUED
     assert workers(queue) == 0
@@ -321,11 +364,11 @@ def test_a_second_signal_leaves_at_once_and_gives_the_jobs_back(
     job = queue.enqueue("text")
     worker = start(program=hanging_device)
     until(lambda: job.status() is JobStatus.STARTED)
-    worker.terminate()
+    worker.send(signal.SIGTERM)
     time.sleep(1.3)
-    worker.terminate()
-    output, _ = worker.communicate(timeout=15)
-    assert worker.returncode == 128 + signal.SIGTERM, output
+    worker.send(signal.SIGTERM)
+    status, output = worker.ended()
+    assert status == 128 + signal.SIGTERM, output
     assert job.status() is JobStatus.QUEUED
 
 
@@ -333,11 +376,11 @@ def test_a_wrong_password_ends_the_worker_with_one_line(queue: EmbedQueue, url: 
     queue._redis.config_set("requirepass", "s3cret")
     try:
         worker = start()
-        output, _ = worker.communicate(timeout=20)
+        status, output = worker.ended()
     finally:
         with connect(url, password="s3cret") as admin:
             admin.config_set("requirepass", "")
-    assert worker.returncode == 5
+    assert status == 5
     assert output.startswith("error: Redis at ")
     assert len(output.splitlines()) == 1
 
@@ -346,6 +389,6 @@ def test_a_name_that_a_live_worker_has_is_refused_with_one_line(queue: EmbedQueu
     start("--name", "twin")
     until(lambda: workers(queue))
     second = start("--name", "twin")
-    output, _ = second.communicate(timeout=20)
-    assert second.returncode == 2
+    status, output = second.ended()
+    assert status == 2
     assert output.startswith("error: There exists an active worker named 'twin' already; choose another --name")
