@@ -18,5 +18,9 @@ def load_encoder(settings: WorkerSettings) -> Encoder:
             f"{err.name} is not installed, which {settings.model} needs: pip install 'embedq[worker]'"
         ) from err
     return SentenceEncoder.load(
-        settings.model, device=settings.device, dtype=settings.dtype, revision=settings.revision
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        revision=settings.revision,
+        max_batch_tokens=settings.max_batch_tokens,
     )
