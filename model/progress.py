@@ -38,12 +38,15 @@ class SilentProgress:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below `folder`, links not followed; files that vanish meanwhile count nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            status = path.lstat()
-        except FileNotFoundError:
-            continue
-        total += status.st_size
+    try:
+        for path in folder.rglob("*"):
+            try:
+                total += path.lstat().st_size
+            except FileNotFoundError:
+                continue
+    except FileNotFoundError:
+        # A folder vanished while it was listed: the count so far will do for a progress bar.
+        return total
     return total
 
 

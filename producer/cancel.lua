@@ -14,7 +14,8 @@
 
 local prefix, id, now, now_s = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local fields = redis.call('HMGET', KEYS[1], 'status', 'origin', 'failure_ttl')
-local status, queue, ttl = fields[1], fields[2], tonumber(fields[3] or '') or tonumber(ARGV[5])
+local status, queue = fields[1], fields[2]
+local ttl = math.floor(math.max(-1, math.min(1000000000, tonumber(fields[3] or '') or tonumber(ARGV[5]))))
 if not status or not queue then
   return false
 end

@@ -5,10 +5,10 @@ Knows how a connection is made and what its failures mean; knows no keys and no 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -26,15 +26,20 @@ DEFAULT_URL = "redis://localhost:6379/0"
 #: Seconds to wait for a connection, and for the answer to any command that doesn't block.
 CONNECT_TIMEOUT_S = 5.0
 SOCKET_TIMEOUT_S = 30.0
-#: How Redis says that it cannot serve at the moment; from inside a script of ours these come as plain text.
-_PASSING_REPLIES = ("OOM command not allowed", "when used memory > 'maxmemory'", "READONLY", "LOADING", "MASTERDOWN")
-#: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing when they are sent twice.
+#: How Redis says that it cannot serve at the moment: as an error of its own class, or from inside a script of ours
+#: as text, in which some releases leave out the code.
+_PASSING_ERRORS = (redis.ReadOnlyError, redis.OutOfMemoryError, redis.exceptions.MasterDownError)
+_PASSING_REPLIES = re.compile(
+    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN)\b"
+    r"|read only replica|when used memory > 'maxmemory'"
+)
+#: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing more when they are sent twice.
 RETRIES = 2
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
     """A client for `redis://`, `rediss://` or `unix://`; nothing is sent yet. Raises ConfigurationError."""
-    scheme = urlsplit(url).scheme
+    scheme = url.partition(":")[0] if isinstance(url, str) else ""
     if scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError(
             f"{without_secrets(url)!r} is no Redis URL; write redis://HOST:PORT/DB, rediss://... or unix:///PATH"
@@ -51,7 +56,11 @@ def connect(url: str, **options: Any) -> redis.Redis:
     try:
         return redis.Redis.from_url(url, **settings)
     except (ValueError, TypeError) as err:
-        raise ConfigurationError(f"the Redis URL {without_secrets(url)!r} cannot be read: {err}") from err
+        # The reason may quote a piece of the password.
+        raise ConfigurationError(
+            f"the Redis URL {without_secrets(url)!r} cannot be read: check host, port and database, and write"
+            " special characters of user and password as %XX"
+        ) from err
 
 
 def check_client(client: redis.Redis) -> redis.Redis:
@@ -61,12 +70,10 @@ def check_client(client: redis.Redis) -> redis.Redis:
     return client
 
 
-def without_secrets(url: str) -> str:
-    """The URL fit for a log: the password replaced."""
-    parts = urlsplit(url)
-    if not parts.password:
-        return url
-    return url.replace(f":{parts.password}@", ":***@", 1)
+def without_secrets(url: object) -> str:
+    """The URL fit for a log: neither credentials nor parameters, even where it cannot be parsed."""
+    scheme, separator, rest = str(url).partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def describe(client: redis.Redis) -> str:
@@ -89,9 +96,9 @@ def is_passing(err: redis.RedisError) -> bool:
     """Whether the same call may succeed later: Redis is away, starting, full, or a replica until a failover ends."""
     if isinstance(err, redis.AuthenticationError):
         return False
-    if isinstance(err, (redis.ConnectionError, redis.TimeoutError)):
+    if isinstance(err, (redis.ConnectionError, redis.TimeoutError, *_PASSING_ERRORS)):
         return True
-    return any(reply in str(err) for reply in _PASSING_REPLIES)
+    return _PASSING_REPLIES.search(str(err)) is not None
 
 
 def translate(err: redis.RedisError, place: str) -> EmbedqError:

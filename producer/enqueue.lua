@@ -6,7 +6,7 @@
 -- ARGV[2]  'RPUSH' or 'LPUSH' (at the head; the first job of the call comes out first)
 -- ARGV[3]  seconds until a waiting job vanishes, 0: never
 -- ARGV[4]  n, the number of ARGVs that follow with the fields all jobs share: name, value, name, value, ...
--- then     job id, data, description for each job
+-- then     job id, data, description, number of texts for each job
 --
 -- Returns the ids that are taken by a job with other data; if there is one, nothing was written. A job whose
 -- id and data are there already is left as it is: the same call sent twice enqueues once.
@@ -19,7 +19,7 @@ end
 local first_job = 5 + #shared
 
 local taken, fresh = {}, {}
-for i = first_job, #ARGV, 3 do
+for i = first_job, #ARGV, 4 do
   local data = redis.call('HGET', prefix .. ARGV[i], 'data')
   if not data and redis.call('EXISTS', prefix .. ARGV[i]) == 0 then
     fresh[#fresh + 1] = i
@@ -40,7 +40,7 @@ if push == 'LPUSH' then
 end
 for _, i in ipairs(fresh) do
   local key = prefix .. ARGV[i]
-  redis.call('HSET', key, 'data', ARGV[i + 1], 'description', ARGV[i + 2], unpack(shared))
+  redis.call('HSET', key, 'data', ARGV[i + 1], 'description', ARGV[i + 2], 'embedq_texts', ARGV[i + 3], unpack(shared))
   if ttl > 0 then
     redis.call('EXPIRE', key, ttl)
   end

@@ -7,8 +7,8 @@
     │   └── InvalidJobIdError                not letters, digits, `_` and `-`
     ├── ConfigurationError (ValueError)      a URL or setting that cannot work
     ├── QueueConnectionError                 Redis cannot be reached                       (retryable)
-    │   ├── QueueAccessError                 Redis wants other credentials or permissions
-    │   └── PartialEnqueueError              the connection broke between two chunks       (retryable)
+    │   └── QueueAccessError                 Redis wants other credentials or permissions
+    ├── PartialEnqueueError                  an error between two chunks of enqueue_many   (job_ids)
     ├── QueueServerError                     Redis refused a command: out of memory, ...   (retryable)
     ├── DuplicateJobError                    the job id is taken by another request
     ├── JobNotFoundError                     never existed, expired or was deleted
@@ -72,7 +72,7 @@ class QueueAccessError(QueueConnectionError):
     retryable = False
 
 
-class PartialEnqueueError(QueueConnectionError):
+class PartialEnqueueError(EmbedqError):
     """`job_ids` are those known to be enqueued; enqueue the rest again."""
 
     code = "partial_enqueue"

@@ -95,3 +95,8 @@ def worker(name: str) -> str:
 def worker_executions(name: str) -> str:
     """Set of the `job:execution` pairs that a worker holds."""
     return f"{PREFIX}:worker:{name}:executions"
+
+
+def worker_claim(name: str) -> str:
+    """The nonce of a worker's last claim; ours, RQ has no such key."""
+    return f"{PREFIX}:worker:{name}:claim"

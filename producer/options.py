@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
@@ -24,6 +24,14 @@ MAX_TEXT_CHARS = 1_000_000
 MAX_JOB_CHARS = 16_000_000
 #: Characters of a prompt.
 MAX_PROMPT_CHARS = 10_000
+
+#: Dimensions no model has.
+MAX_DIMENSIONS = 1_000_000
+#: Characters of what dashboards show.
+MAX_DESCRIPTION_CHARS = 1_000
+#: Ten years: the longest time to live, in seconds.
+MAX_TTL_S = 10 * 365 * 24 * 3600
+MAX_RETRIES = 1_000
 
 #: Seconds a result is kept.
 RESULT_TTL_S = 3600
@@ -81,18 +89,16 @@ class EmbedOptions:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "prompt_name", "model"):
-            _check(getattr(self, name) is None or isinstance(getattr(self, name), str), name, "a string", self)
+            _check_string(self, name, MAX_PROMPT_CHARS)
         _check(self.normalize is None or isinstance(self.normalize, bool), "normalize", "true or false", self)
         _check(isinstance(self.truncate, bool), "truncate", "true or false", self)
-        positive = isinstance(self.dimensions, int) and not isinstance(self.dimensions, bool) and self.dimensions > 0
-        _check(self.dimensions is None or positive, "dimensions", "a positive whole number", self)
+        wanted = f"a whole number from 1 to {MAX_DIMENSIONS}"
+        _check(self.dimensions is None or _is_int(self.dimensions, 1, MAX_DIMENSIONS), "dimensions", wanted, self)
         _check(self.precision in get_args(Precision), "precision", _one_of(get_args(Precision)), self)
         sides = get_args(TruncationSide)
         _check(self.truncation_side in sides, "truncation_side", _one_of(sides), self)
         if self.prompt is not None and self.prompt_name is not None:
             raise InvalidOptionError("prompt and prompt_name exclude each other; give one of them")
-        if self.prompt is not None and len(self.prompt) > MAX_PROMPT_CHARS:
-            raise InvalidOptionError(f"prompt has {len(self.prompt):,} characters; at most {MAX_PROMPT_CHARS:,} go")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> EmbedOptions:
@@ -127,16 +133,20 @@ class JobSettings:
     description: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("result_ttl", "failure_ttl", "retries"):
-            value = getattr(self, name)
-            lowest = 0 if name == "retries" else -1
-            _check(_is_int(value) and value >= lowest, name, f"a whole number from {lowest} up", self)
-        _check(self.ttl is None or (_is_int(self.ttl) and self.ttl > 0), "ttl", "a positive whole number", self)
+        bounds = {"result_ttl": (-1, MAX_TTL_S), "failure_ttl": (-1, MAX_TTL_S), "retries": (0, MAX_RETRIES)}
+        if self.ttl is not None:
+            bounds["ttl"] = (1, MAX_TTL_S)
+        for name, (lowest, highest) in bounds.items():
+            fits = _is_int(getattr(self, name), lowest, highest)
+            _check(fits, name, f"a whole number from {lowest} to {highest}", self)
+        _check(isinstance(self.at_front, bool), "at_front", "true or false", self)
+        _check_string(self, "description", MAX_DESCRIPTION_CHARS)
 
 
 def check_texts(texts: object) -> list[str]:
     """The texts of one job as a list. Raises InvalidTextError: none, too many, not a string, too long."""
-    if isinstance(texts, (bytes, bytearray)) or not isinstance(texts, Iterable):
+    # A dict's or a set's order is not what anybody means by the rows of the result.
+    if isinstance(texts, (bytes, bytearray, Mapping, Set)) or not isinstance(texts, Iterable):
         raise InvalidTextError(f"texts must be a string or a list of strings, not {type(texts).__name__}")
     checked = [texts] if isinstance(texts, str) else list(texts)
     if not checked:
@@ -169,11 +179,20 @@ def check_text(text: object, index: int) -> None:
             ) from err
 
 
+def lone_surrogate(text: str) -> int | None:
+    """Where a string is no Unicode: half a character, or a byte of a command line that was not UTF-8."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        return err.start
+    return None
+
+
 def check_job_id(job_id: object) -> str:
     if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
-        raise InvalidJobIdError(
-            f"job id {str(job_id)[:60]!r} does not do: 1 to 256 letters, digits, underscores and dashes"
-        )
+        raise InvalidJobIdError(f"job id {shown(job_id)} does not do: 1 to 256 letters, digits, underscores and dashes")
     return job_id
 
 
@@ -187,8 +206,27 @@ def split_keywords(keywords: Mapping[str, Any]) -> tuple[EmbedOptions, JobSettin
 _SETTING_NAMES: Sequence[str] = tuple(field.name for field in fields(JobSettings))
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value: object, lowest: int, highest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
+
+
+def _check_string(owner: object, name: str, max_chars: int) -> None:
+    value = getattr(owner, name)
+    if value is None:
+        return
+    _check(isinstance(value, str), name, "a string", owner)
+    if len(value) > max_chars:
+        raise InvalidOptionError(f"{name} has {len(value):,} characters; at most {max_chars:,} go")
+    if lone_surrogate(value) is not None:
+        raise InvalidOptionError(f"{name} is not Unicode: it has a lone surrogate")
+
+
+def shown(value: object) -> str:
+    """A value in an error message: short, on one line. (A huge int refuses to become a string.)"""
+    try:
+        return ascii(str(value)[:60])
+    except ValueError:
+        return f"a huge {type(value).__name__}"
 
 
 def _one_of(names: Iterable[str]) -> str:
@@ -197,7 +235,7 @@ def _one_of(names: Iterable[str]) -> str:
 
 def _check(fits: bool, name: str, wanted: str, owner: object) -> None:
     if not fits:
-        raise InvalidOptionError(f"{name} must be {wanted}, not {str(getattr(owner, name))[:60]!r}")
+        raise InvalidOptionError(f"{name} must be {wanted}, not {shown(getattr(owner, name))}")
 
 
 def _unknown(name: str) -> str:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, NamedTuple, Self, Unpack
 from uuid import uuid4
 
 import redis
@@ -29,16 +29,19 @@ from embedq.producer.errors import (
     JobStateError,
     PartialEnqueueError,
     QueueConnectionError,
+    ResultTimeoutError,
 )
 from embedq.producer.jobs import EmbedJob
 from embedq.producer.options import (
     FAILURE_TTL_S,
-    RETRIES,
+    EmbedOptions,
     EnqueueKeywords,
     JobSettings,
     check_job_id,
     check_text,
     check_texts,
+    lone_surrogate,
+    shown,
     split_keywords,
 )
 from embedq.producer.results import Outcome, ResultReader, read_status
@@ -70,9 +73,7 @@ class EmbedQueue:
     ) -> None:
         if url is not None and connection is not None:
             raise ConfigurationError("give a url or a connection, not both")
-        if not isinstance(queue, str) or not queue:
-            raise ConfigurationError(f"the queue's name must be a string that is not empty, not {queue!r}")
-        self.name = queue
+        self.name = check_queue_name(queue)
         self._owns_connection = connection is None
         self._client = connect(url or DEFAULT_URL) if connection is None else check_client(connection)
         self._redis: Any = self._client
@@ -95,7 +96,7 @@ class EmbedQueue:
         options, settings = split_keywords(keywords)
         checked = check_texts(texts)
         job = EmbedJob(uuid4().hex if job_id is None else check_job_id(job_id), self)
-        self._push([(job.id, wire.encode_request(checked, options), _describe(checked))], settings)
+        self._push([_request(job.id, checked, options, settings)], settings)
         return job
 
     def enqueue_many(
@@ -107,23 +108,23 @@ class EmbedQueue:
     ) -> list[EmbedJob]:
         """One job a text, in order; a round trip per thousand. All texts are checked before the first is sent.
 
-        Raises as `enqueue` does, and PartialEnqueueError, which lists the jobs that got through, if the
-        connection breaks in between. `job_ids` must be as many as the texts.
+        Raises as `enqueue` does, and PartialEnqueueError, which lists the jobs that got through, if a chunk after
+        the first fails. `job_ids` must be as many as the texts.
         """
         options, settings = split_keywords(keywords)
         if isinstance(texts, str):
             raise InvalidTextError("enqueue_many takes a list of texts; enqueue takes one")
-        requests: list[tuple[str, bytes, str]] = []
+        requests: list[_Request] = []
         for index, (text, job_id) in enumerate(_paired(texts, job_ids)):
             check_text(text, index)
-            requests.append((job_id, wire.encode_request([text], options), _describe([text])))
-        _check_distinct([request[0] for request in requests])
-        jobs = [EmbedJob(request[0], self) for request in requests]
+            requests.append(_request(job_id, [text], options, settings))
+        _check_distinct([request.job_id for request in requests])
+        jobs = [EmbedJob(request.job_id, self) for request in requests]
         sent = 0
         for chunk in _chunks(requests):
             try:
                 self._push(chunk, settings)
-            except QueueConnectionError as err:
+            except EmbedqError as err:
                 if not sent:
                     raise
                 message = f"{sent:,} of {len(jobs):,} jobs are enqueued; then: {err}"
@@ -153,6 +154,10 @@ class EmbedQueue:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             parts: dict[str, Embeddings] = {}
             for job_id, outcome in self._outcomes([job.id for job in jobs], left):
+                if isinstance(outcome, ResultTimeoutError):
+                    raise ResultTimeoutError(
+                        f"{len(everything):,} texts took more than {timeout:g} s; what still waited is canceled"
+                    )
                 if isinstance(outcome, EmbedqError):
                     raise outcome
                 parts[job_id] = outcome
@@ -217,12 +222,14 @@ class EmbedQueue:
         return not _found_status(job_id, found).is_terminal
 
     def requeue(self, job_id: str, *, at_front: bool = False) -> None:
-        """Back onto its queue, retries restored. Raises JobNotFoundError, and JobStateError unless the job
-        failed or was canceled."""
+        """Back onto its queue, with as many retries as it was enqueued with.
+
+        Raises JobNotFoundError, and JobStateError unless the job failed or was canceled.
+        """
         found = self._run(
             self._requeue_script,
             [keys.job(check_job_id(job_id)), keys.QUEUES],
-            [keys.PREFIX, job_id, format_time(datetime.now(UTC)), RETRIES, _push_command(at_front)],
+            [keys.PREFIX, job_id, format_time(datetime.now(UTC)), _push_command(at_front)],
         )
         status = _found_status(job_id, found)
         if not status.is_terminal or status is JobStatus.FINISHED:
@@ -246,10 +253,10 @@ class EmbedQueue:
 
     # --- the calls to Redis
 
-    def _push(self, requests: Sequence[tuple[str, bytes, str]], settings: JobSettings) -> None:
+    def _push(self, requests: Sequence[_Request], settings: JobSettings) -> None:
         """One call of enqueue.lua: all of these jobs or none."""
         shared = self._shared_fields(settings)
-        jobs = [part for job_id, data, text in requests for part in (job_id, data, settings.description or text)]
+        jobs = list(itertools.chain.from_iterable(requests))
         taken = self._run(
             self._enqueue_script,
             [keys.queue(self.name), keys.QUEUES],
@@ -273,6 +280,7 @@ class EmbedQueue:
             "result_ttl": settings.result_ttl,
             "failure_ttl": settings.failure_ttl,
             "retries_left": settings.retries,
+            "embedq_retries": settings.retries,
         }
         if settings.ttl is not None:
             fields["ttl"] = settings.ttl
@@ -286,17 +294,40 @@ class EmbedQueue:
         return ResultReader(self._client).outcomes(job_ids, timeout)
 
     def _give_up(self, jobs: list[EmbedJob]) -> None:
+        """The error under way matters more than one from here; what cannot be canceled expires by itself."""
         for job in jobs:
             try:
                 job.cancel()
+            except QueueConnectionError:
+                return
             except EmbedqError:
-                # The error under way matters more; the jobs expire by themselves.
                 continue
+
+
+class _Request(NamedTuple):
+    """What enqueue.lua takes of one job, in its order."""
+
+    job_id: str
+    data: bytes
+    description: str
+    num_texts: int
+
+
+def _request(job_id: str, texts: Sequence[str], options: EmbedOptions, settings: JobSettings) -> _Request:
+    data = wire.encode_request(texts, options)
+    return _Request(job_id, data, settings.description or _describe(texts), len(texts))
 
 
 def format_time(moment: datetime) -> str:
     """As RQ writes a time into its hashes: UTC with microseconds."""
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def check_queue_name(name: object) -> str:
+    """Raises ConfigurationError."""
+    if not isinstance(name, str) or not name or lone_surrogate(name) is not None:
+        raise ConfigurationError(f"the queue's name must be a string that is not empty, not {shown(name)}")
+    return name
 
 
 def _push_command(at_front: bool) -> str:
@@ -328,16 +359,16 @@ def _check_distinct(job_ids: list[str]) -> None:
         raise InvalidJobIdError(f"job id {twice} stands twice in job_ids")
 
 
-def _chunks(requests: list[tuple[str, bytes, str]]) -> Iterator[list[tuple[str, bytes, str]]]:
+def _chunks(requests: list[_Request]) -> Iterator[list[_Request]]:
     """Consecutive slices within CHUNK_JOBS and CHUNK_BYTES."""
-    chunk: list[tuple[str, bytes, str]] = []
+    chunk: list[_Request] = []
     size = 0
     for request in requests:
-        if chunk and (len(chunk) == CHUNK_JOBS or size + len(request[1]) > CHUNK_BYTES):
+        if chunk and (len(chunk) == CHUNK_JOBS or size + len(request.data) > CHUNK_BYTES):
             yield chunk
             chunk, size = [], 0
         chunk.append(request)
-        size += len(request[1])
+        size += len(request.data)
     if chunk:
         yield chunk
 

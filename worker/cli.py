@@ -28,7 +28,7 @@ from embedq.producer.errors import (
     QueueServerError,
     ResultTimeoutError,
 )
-from embedq.producer.queue import DEFAULT_QUEUE
+from embedq.producer.queue import DEFAULT_QUEUE, check_queue_name
 from embedq.worker import logs
 from embedq.worker.settings import LogFormat, WorkerSettings, environment_variable
 
@@ -71,8 +71,22 @@ class CommandLineError(click.ClickException):
         click.echo(f"error: {self.message}", file=file, err=True)
 
 
+class UsageLine(click.ClickException):
+    """Wrong usage on one line, as all our errors are."""
+
+    exit_code = 2
+
+    def __init__(self, err: click.UsageError) -> None:
+        super().__init__(err.format_message())
+        self.command = err.ctx.command_path if err.ctx is not None else "embedq"
+
+    def show(self, file: Any = None) -> None:
+        message = " ".join(self.message.split()).rstrip(".")
+        click.echo(f"error: {message}; see {self.command} --help", file=file, err=True)
+
+
 class ErrorGroup(click.Group):
-    """Turns our errors into one line, or with --debug into a traceback as well."""
+    """Turns errors into one line, or with --debug into a traceback as well."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -81,6 +95,8 @@ class ErrorGroup(click.Group):
             if ctx.params.get("debug"):
                 traceback.print_exc()
             raise CommandLineError(err) from err
+        except click.UsageError as err:
+            raise UsageLine(err) from err
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
@@ -168,7 +184,7 @@ def worker(
     checked = WorkerSettings(**settings)
     logs.configure(checked.log_format, logging.DEBUG if context.find_root().params.get("debug") else logging.INFO)
     connection = connect(url)
-    names = list(queues) or [DEFAULT_QUEUE]
+    names = [check_queue_name(queue) for queue in queues or [DEFAULT_QUEUE]]
     with translated_errors(connection):
         connection.ping()
         name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"

@@ -1,8 +1,20 @@
 -- Put before each of the worker's scripts: what they share. RQ's records of one execution are in five places.
 
+-- Longest time to live; Redis takes no number that Lua would print with an exponent.
+local MAX_TTL = 1000000000
+
 local function clock()
   local time = redis.call('TIME')
   return tonumber(time[1]) + tonumber(time[2]) / 1000000
+end
+
+-- A time to live that stands in a hash, or the default: whole, -1 for good, and never more than Redis takes.
+local function seconds(field, default)
+  local value = tonumber(field or '')
+  if not value or value ~= value then
+    value = default
+  end
+  return math.max(-1, math.min(MAX_TTL, math.floor(value)))
 end
 
 local function wip_key(prefix, queue)
@@ -28,11 +40,40 @@ end
 local function put_back(prefix, queue, id, push)
   local key = prefix .. ':job:' .. id
   redis.call('HSET', key, 'status', 'queued', 'started_at', '', 'worker_name', '')
-  local ttl = tonumber(redis.call('HGET', key, 'ttl') or '')
-  if ttl and ttl > 0 then
+  local ttl = seconds(redis.call('HGET', key, 'ttl'), 0)
+  if ttl > 0 then
     redis.call('EXPIRE', key, ttl)
   end
   redis.call(push, prefix .. ':queue:' .. queue, id)
+end
+
+-- One more attempt for a job that has retries left: at the tail of its queue, or, where RQ's Retry asked for an
+-- interval, scheduled for later. False if none is left.
+local function try_again(prefix, queue, id)
+  local key = prefix .. ':job:' .. id
+  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals')
+  local left = tonumber(fields[1] or '') or 0
+  if left < 1 then
+    return false
+  end
+  redis.call('HSET', key, 'retries_left', left - 1)
+  local readable, intervals = pcall(cjson.decode, fields[2] or '[]')
+  if readable and type(intervals) == 'table' and #intervals > 0 then
+    local interval = seconds(intervals[math.max(#intervals - left, 0) + 1], 0)
+    if interval > 0 then
+      redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
+      redis.call('ZADD', prefix .. ':scheduled:' .. queue, math.floor(clock()) + interval, id)
+      return true
+    end
+  end
+  put_back(prefix, queue, id, 'RPUSH')
+  return true
+end
+
+-- Whether RQ has something to do after this job's end: other jobs depend on it, or it holds a slot of a rate limit.
+local function has_sequel(prefix, id)
+  return redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents') == 1
+    or redis.call('HEXISTS', prefix .. ':job:' .. id, 'rate_limit_key') == 1
 end
 
 -- Ends a job as finished or failed: status, registry, result stream, times to live. fields: the stream entry's.
@@ -40,11 +81,11 @@ local function close_job(prefix, queue, id, status, ttl, ended_at, fields)
   local key, stream = prefix .. ':job:' .. id, prefix .. ':results:' .. id
   local dependents, dependencies = key .. ':dependents', prefix .. ':job::' .. id .. ':dependencies'
   if ttl == 0 then
-    if redis.call('EXISTS', dependents) == 0 then
+    if not has_sequel(prefix, id) then
       redis.call('DEL', key, stream, prefix .. ':executions:' .. id, dependencies)
       return
     end
-    ttl = 60 -- kept until the jobs that depend on it are on their queues
+    ttl = 60 -- kept until RQ has done what follows
   end
   redis.call('HSET', key, 'status', status, 'ended_at', ended_at, 'last_heartbeat', ended_at)
   redis.call('XADD', stream, 'MAXLEN', '~', 10, '*', unpack(fields))

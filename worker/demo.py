@@ -5,7 +5,6 @@ Everything goes through the public client and the same worker command that a fle
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from embedq.producer import Embeddings, EmbedJob, EmbedqError, EmbedQueue, JobStatus
-from embedq.worker.local import WorkerProcess, local_service, sigterm_as_interrupt
+from embedq.worker.local import WorkerProcess, local_service, sigterm_as_interrupt, with_model_fetched
 from embedq.worker.redis_server import RedisServer
 from embedq.worker.settings import WorkerSettings
 
@@ -34,8 +33,8 @@ def run_demo(settings: WorkerSettings) -> None:
     """Prints to stdout. Raises EmbedqError or ModelError; nothing is left running whichever way it ends."""
     console = Console(highlight=False)
     sentences, queries = _lines("sentences.txt"), _lines("queries.txt")
-    settings = dataclasses.replace(settings, model=_fetched(settings))
     with sigterm_as_interrupt(), tempfile.TemporaryDirectory(prefix="embedq-") as folder:
+        settings = with_model_fetched(settings)
         console.print("Starting a private Redis and a worker ...")
         with (
             local_service(RedisServer(Path(folder)), QUEUE, settings) as worker,
@@ -54,17 +53,6 @@ def run_demo(settings: WorkerSettings) -> None:
             _print_job(console, queue, jobs[0], sentences[0])
             _print_speed(console, found, took_s)
     _print_next_steps(console)
-
-
-def _fetched(settings: WorkerSettings) -> str:
-    """The model's folder, fetched here, where a progress bar can be seen, rather than in the worker."""
-    if settings.model.startswith("noop:"):
-        return settings.model
-    from embedq.model.sources import resolve_model
-    from embedq.model.terminal import terminal_progress
-
-    with terminal_progress() as progress:
-        return str(resolve_model(settings.model, revision=settings.revision, progress=progress).path)
 
 
 def _embed_all(queue: EmbedQueue, worker: WorkerProcess, sentences: Sequence[str], console: Console) -> list[EmbedJob]:

@@ -39,6 +39,8 @@ class Work:
     tokenize_s: float = 0.0
     #: what the micro-batches that served this job took, whoever shared them
     encode_s: float = 0.0
+    #: this job's share of them, by tokens
+    busy_s: float = 0.0
     batch_texts: int = 0
     batch_tokens: int = 0
 
@@ -68,7 +70,10 @@ class Engine:
         self.worker_name = worker_name
 
     def tokenize(self, request: EmbedRequest) -> Work:
-        """Raises JobFailedError for what this model cannot do: another model, an unknown prompt, a long text."""
+        """Raises JobFailedError for what this model cannot do: another model, an unknown prompt, a long text.
+
+        What an encoder raises beyond ModelError is its job's failure too, with the code `internal`.
+        """
         options = request.options
         self._check_model(options.model)
         began_at = time.monotonic()
@@ -80,7 +85,7 @@ class Engine:
             if options.dimensions is not None or options.precision != "float32":
                 # Asked of an empty array, so that a job which cannot be finished is never encoded.
                 self._postprocess(np.empty((0, self.encoder.embedding_dim), np.float32), request)
-        except ModelError as err:
+        except Exception as err:
             raise _job_failure(err) from err
         shape = (len(tokens), self.encoder.embedding_dim)
         work = Work(request, tokens, np.empty(shape, np.float32), missing=len(tokens), began_at=began_at)
@@ -100,6 +105,8 @@ class Engine:
         self._encode_isolating(pieces)
         took_s = time.monotonic() - began_at
         num_tokens = sum(piece.tokens.num_tokens for piece in pieces)
+        for piece in pieces:
+            piece.work.busy_s += took_s * piece.tokens.num_tokens / num_tokens
         for work in dict.fromkeys(piece.work for piece in pieces):
             work.encode_s += took_s
             work.batch_texts = max(work.batch_texts, len(pieces))
@@ -113,8 +120,12 @@ class Engine:
         """The job's result. Raises JobFailedError if one of its texts failed."""
         if work.failure is not None:
             raise work.failure
+        try:
+            vectors = self._postprocess(work.vectors, work.request)
+        except Exception as err:
+            raise _job_failure(err) from err
         return Embeddings(
-            vectors=self._postprocess(work.vectors, work.request),
+            vectors=vectors,
             num_tokens=tuple(text.num_tokens for text in work.tokens),
             truncated=tuple(text.truncated for text in work.tokens),
             model=self.encoder.name,
@@ -154,7 +165,7 @@ class Engine:
             return
         try:
             rows = self.encoder.encode_tokens([piece.tokens for piece in pieces])
-        except (ModelError, RuntimeError, ValueError, MemoryError) as err:
+        except Exception as err:
             if len(pieces) == 1:
                 pieces[0].work.failure = _encode_failure(err, pieces[0].index)
                 return
@@ -173,9 +184,12 @@ class Engine:
                 piece.work.failure = JobFailedError(message, code="non_finite", text_index=piece.index)
 
 
-def _job_failure(err: ModelError) -> JobFailedError:
-    index = err.text_index if isinstance(err, TextTooLongError) else None
-    return JobFailedError(str(err), code=err.code, retryable=err.retryable, text_index=index)
+def _job_failure(err: Exception) -> JobFailedError:
+    if isinstance(err, ModelError):
+        index = err.text_index if isinstance(err, TextTooLongError) else None
+        return JobFailedError(str(err), code=err.code, retryable=err.retryable, text_index=index)
+    logger.error("the encoder failed on a job", exc_info=err)
+    return JobFailedError(f"{type(err).__name__}: {err}", code="internal", retryable=True)
 
 
 def _encode_failure(err: Exception, index: int) -> JobFailedError:

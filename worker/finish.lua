@@ -8,12 +8,12 @@
 -- ARGV[4]  seconds to keep a result where the job doesn't say
 -- ARGV[5]  seconds to keep a failure where the job doesn't say
 -- then for each job
---   +0  outcome: 'finished', 'failed', or 'retry' (queued again while retries are left, else failed)
+--   +0  outcome: 'finished', 'failed', or 'retry' (another attempt while retries are left, else failed)
 --   +1  queue name    +2  job id    +3  execution id
 --   +4  base64 of the result, or of the compressed reason
 --   +5  seconds of work
 --
--- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, and other jobs depend on it.
+-- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, and RQ has something to do after it.
 
 local prefix, worker, now = ARGV[1], ARGV[2], ARGV[3]
 local result_ttl, failure_ttl = tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -30,27 +30,23 @@ for i = 6, #ARGV, 6 do
   if not holds(prefix, queue, id, execution) then
     replies[#replies + 1] = 0
   else
-    local key = prefix .. ':job:' .. id
-    local fields = redis.call('HMGET', key, 'result_ttl', 'failure_ttl', 'retries_left')
-    local retries = tonumber(fields[3] or '') or 0
-    replies[#replies + 1] = 1 + redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents')
+    local ttls = redis.call('HMGET', prefix .. ':job:' .. id, 'result_ttl', 'failure_ttl')
+    replies[#replies + 1] = has_sequel(prefix, id) and 2 or 1
     if outcome == 'finished' then
-      local ttl = tonumber(fields[1] or '') or result_ttl
-      close_job(prefix, queue, id, 'finished', ttl, now, entry(1, 'return_value', payload, id, execution))
+      local fields = entry(1, 'return_value', payload, id, execution)
+      close_job(prefix, queue, id, 'finished', seconds(ttls[1], result_ttl), now, fields)
       successes = successes + 1
-    elseif outcome == 'retry' and retries > 0 then
-      redis.call('HSET', key, 'retries_left', retries - 1)
-      put_back(prefix, queue, id, 'RPUSH')
+    elseif outcome == 'retry' and try_again(prefix, queue, id) then
       replies[#replies] = 1
       failures = failures + 1
     else
-      local ttl = tonumber(fields[2] or '') or failure_ttl
-      close_job(prefix, queue, id, 'failed', ttl, now, entry(2, 'exc_string', payload, id, execution))
+      local fields = entry(2, 'exc_string', payload, id, execution)
+      close_job(prefix, queue, id, 'failed', seconds(ttls[2], failure_ttl), now, fields)
       failures = failures + 1
     end
-    end_execution(prefix, queue, id, execution, worker)
     work_s = work_s + tonumber(ARGV[i + 5])
   end
+  end_execution(prefix, queue, id, execution, worker)
 end
 
 count(prefix, worker, 'successful_job_count', successes)

@@ -31,12 +31,15 @@ class LeaseKeeper:
         store: ClaimStore,
         queues: Sequence[str],
         worker_ttl_s: int,
-        on_abandoned: Callable[[str, list[str]], None] = lambda _queue, _job_ids: None,
+        *,
+        on_abandoned: Callable[[str, list[str]], None],
+        on_forgotten: Callable[[], None],
     ) -> None:
         self._store = store
         self._queues = list(queues)
         self._worker_ttl_s = worker_ttl_s
         self._on_abandoned = on_abandoned
+        self._on_forgotten = on_forgotten
         self._held: dict[str, Claim] = {}
         self._lost: set[str] = set()
         self._lock = threading.Lock()
@@ -91,13 +94,19 @@ class LeaseKeeper:
                 logger.log(logging.DEBUG if failing else logging.WARNING, "leases could not be renewed: %s", err)
                 failing = True
                 next_renewal = next_recovery = now + every_s / RENEWALS
+            except Exception:
+                # Whatever it was: without this thread the worker would go on with leases that run out.
+                logger.exception("a round of leases failed")
+                next_renewal = next_recovery = now + every_s / RENEWALS
             self._stop.wait(max(0.05, min(next_renewal, next_recovery) - time.monotonic()))
 
     def renew(self) -> None:
         """One round: extends what is held and learns what is lost."""
-        lost = self._store.renew(self.held(), self._worker_ttl_s)
+        renewed = self._store.renew(self.held(), self._worker_ttl_s)
+        if not renewed.is_known:
+            self._on_forgotten()
         with self._lock:
-            still_lost = [claim for claim in lost if claim.execution_id in self._held]
+            still_lost = [claim for claim in renewed.lost if claim.execution_id in self._held]
             self._lost.update(claim.execution_id for claim in still_lost)
         for claim in still_lost:
             logger.debug("job %s is not this worker's any more", claim.job_id)
@@ -108,7 +117,7 @@ class LeaseKeeper:
             requeued, failed = self._store.recover(queue)
             if requeued or failed:
                 logger.warning(
-                    "queue %s: the leases of dead workers ran out; %d jobs queued again, %d failed",
+                    "queue %s: the leases of dead workers ran out; %d jobs are tried again, %d failed",
                     *(queue, requeued, len(failed)),
                 )
             if failed:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +22,7 @@ import click
 from embedq.producer import fleet
 from embedq.producer.connection import connect
 from embedq.producer.errors import ConfigurationError, EmbedqError
+from embedq.producer.queue import check_queue_name
 from embedq.worker import processes
 from embedq.worker.redis_server import RedisServer
 from embedq.worker.settings import WorkerSettings
@@ -86,6 +87,18 @@ def local_service(server: RedisServer, queue: str, settings: WorkerSettings) -> 
             worker.stop()
 
 
+def with_model_fetched(settings: WorkerSettings) -> WorkerSettings:
+    """The settings with the model's folder in place of its name: fetched here, where a progress bar can be seen."""
+    if settings.model.startswith("noop:"):
+        return settings
+    from embedq.model.sources import resolve_model
+    from embedq.model.terminal import terminal_progress
+
+    with terminal_progress() as progress:
+        path = resolve_model(settings.model, revision=settings.revision, progress=progress).path
+    return replace(settings, model=str(path))
+
+
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM ends a command as Ctrl-C does, so that what it started is stopped in order."""
@@ -103,7 +116,9 @@ def sigterm_as_interrupt() -> Iterator[None]:
 def run_local_service(port: int, data: Path | None, queue: str, settings: WorkerSettings) -> None:
     """`embedq up`: prints the URL, then watches until Ctrl-C, which is the way it is meant to end."""
     folder = data or default_data_folder()
+    check_queue_name(queue)
     with _locked(folder), sigterm_as_interrupt():
+        settings = with_model_fetched(settings)
         server = RedisServer(folder, port=port, durable=True)
         click.echo(f"starting Redis in {folder} and a worker with {settings.model} ...", err=True)
         try:
@@ -112,6 +127,7 @@ def run_local_service(port: int, data: Path | None, queue: str, settings: Worker
                 click.echo(_hints(server.url, queue, worker.log), err=True)
                 while True:
                     time.sleep(WATCH_EVERY_S)
+                    server.check()
                     worker.check()
         except KeyboardInterrupt:
             click.echo(f"stopped; the data stays in {folder}", err=True)

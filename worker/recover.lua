@@ -1,5 +1,5 @@
--- Takes back the jobs of one queue whose lease has run out: to the tail of the queue while retries are left, else
--- to the failed ones. Executions of stock RQ workers are left to RQ's own clean-up, which runs their callbacks.
+-- Takes back the jobs of one queue whose lease has run out: another attempt while retries are left, else failed.
+-- Jobs with a failure callback or webhooks are left to RQ's own clean-up: nothing that a job names is run here.
 --
 -- KEYS[1]  the queue's started registry
 -- ARGV[1]  RQ's key prefix
@@ -7,30 +7,53 @@
 -- ARGV[3]  now, as RQ writes a time
 -- ARGV[4]  seconds to keep a failure where the job doesn't say
 -- ARGV[5]  base64 of the compressed reason
--- ARGV[6]  what our execution ids begin with
--- ARGV[7]  at most so many in one call
+-- ARGV[6]  at most so many in one call
 --
--- Returns {number queued again, ids of the failed jobs...}.
+-- Returns {number tried again, ids of the failed jobs...}.
 
-local prefix, queue, now = ARGV[1], ARGV[2], ARGV[3]
-local replies = {0}
-for _, pair in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', clock(), 'LIMIT', 0, ARGV[7])) do
-  local id, execution = string.match(pair, '^([^:]*):(.*)$')
-  if id and string.sub(execution, 1, #ARGV[6]) == ARGV[6] then
-    local key = prefix .. ':job:' .. id
-    local worker = redis.call('HGET', prefix .. ':execution:' .. pair, 'worker_name') or ''
-    local fields = redis.call('HMGET', key, 'status', 'retries_left', 'failure_ttl')
-    local retries = tonumber(fields[2] or '') or 0
-    if fields[1] == 'started' and retries > 0 then
-      redis.call('HSET', key, 'retries_left', retries - 1)
-      put_back(prefix, queue, id, 'RPUSH')
+local prefix, queue, now, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[6])
+local replies, left_alone, taken = {0}, 0, 0
+
+local function is_set(field)
+  return field and field ~= ''
+end
+
+local function recover(id, execution)
+  local key = prefix .. ':job:' .. id
+  local fields = redis.pcall('HMGET', key, 'status', 'failure_callback_name', 'webhooks', 'failure_ttl')
+  if fields.err then
+    fields = {}
+  end
+  if fields[1] == 'started' and (is_set(fields[2]) or is_set(fields[3])) then
+    return false
+  end
+  local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
+  if fields[1] == 'started' then
+    if try_again(prefix, queue, id) then
       replies[1] = replies[1] + 1
-    elseif fields[1] == 'started' then
-      local ttl = tonumber(fields[3] or '') or tonumber(ARGV[4])
-      close_job(prefix, queue, id, 'failed', ttl, now, {'type', 2, 'worker_name', worker, 'exc_string', ARGV[5]})
+    else
+      local entry = {'type', 2, 'worker_name', worker, 'exc_string', ARGV[5]}
+      close_job(prefix, queue, id, 'failed', seconds(fields[4], tonumber(ARGV[4])), now, entry)
       replies[#replies + 1] = id
     end
-    end_execution(prefix, queue, id, execution, worker)
+  end
+  end_execution(prefix, queue, id, execution, worker)
+  return true
+end
+
+local cutoff = clock()
+while taken < limit do
+  local pairs_here = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', cutoff, 'LIMIT', left_alone, 100)
+  if #pairs_here == 0 then
+    break
+  end
+  for _, pair in ipairs(pairs_here) do
+    local id, execution = string.match(pair, '^([^:]*):(.*)$')
+    if id and recover(id, execution) then
+      taken = taken + 1
+    else
+      left_alone = left_alone + 1
+    end
   end
 end
 return replies

@@ -23,6 +23,8 @@ from embedq.worker import processes
 #: Redis' usual port, where somebody's own server may run.
 RESERVED_PORT = 6379
 START_TIMEOUT_S = 20.0
+#: Seconds for reading the data of earlier runs.
+LOAD_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 #: A unix socket's path may have 108 bytes on Linux, 104 elsewhere.
 MAX_SOCKET_PATH = 100
@@ -53,6 +55,8 @@ class RedisServer:
     def __init__(
         self, folder: Path, *, port: int | None = None, durable: bool = False, binary: str | None = None
     ) -> None:
+        if port is not None and not 0 <= port <= 65_535:
+            raise ConfigurationError(f"port {port} is no port; choose one up to 65535, 0 for a free one")
         if port == RESERVED_PORT:
             raise ConfigurationError(
                 f"port {RESERVED_PORT} is left to your own Redis; choose another, or 0 for a free one"
@@ -119,21 +123,25 @@ class RedisServer:
         keep = ["--appendonly", "yes", "--appendfsync", "everysec"] if self.durable else ["--appendonly", "no"]
         return [*place, *keep, "--save", "", "--dir", str(self.folder), "--daemonize", "no", "--loglevel", "warning"]
 
+    def check(self) -> None:
+        """Raises ConfigurationError if the server has ended by itself."""
+        if self._process is not None and self._process.poll() is not None:
+            said = processes.last_lines(self.log, 1)
+            raise ConfigurationError(f"{self.binary} ended with status {self._process.returncode}: {said}")
+
     def _await_ready(self) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + START_TIMEOUT_S
+        began_at = time.monotonic()
         with connect(self.url) as client:
             while True:
                 try:
                     client.ping()
                     return
                 except (redis.ConnectionError, redis.TimeoutError) as err:
-                    if self._process.poll() is not None:
-                        raise ConfigurationError(
-                            f"{self.binary} ended at once: {processes.last_lines(self.log, 1)}"
-                        ) from err
-                    if time.monotonic() > deadline:
-                        raise ConfigurationError(f"{self.binary} did not start within {START_TIMEOUT_S:g} s") from err
+                    self.check()
+                    is_loading = isinstance(err, redis.BusyLoadingError)
+                    limit_s = LOAD_TIMEOUT_S if is_loading else START_TIMEOUT_S
+                    if time.monotonic() - began_at > limit_s:
+                        raise ConfigurationError(f"{self.binary} was not ready within {limit_s:g} s") from err
                     time.sleep(0.02)
 
 

@@ -13,8 +13,8 @@ for i = #ARGV - 2, 3, -3 do
   local queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if holds(prefix, queue, id, execution) then
     put_back(prefix, queue, id, 'LPUSH')
-    end_execution(prefix, queue, id, execution, worker)
     released = released + 1
   end
+  end_execution(prefix, queue, id, execution, worker)
 end
 return released

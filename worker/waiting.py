@@ -42,14 +42,17 @@ class QueueWaiter:
 
     def wake(self) -> None:
         """Ends the wait under way, or the next one. Safe in a signal handler and from any thread."""
-        # A full pipe wakes just as well.
-        with contextlib.suppress(BlockingIOError):
+        # A full pipe wakes just as well, and after `close` nobody sleeps.
+        with contextlib.suppress(OSError):
             os.write(self._wake_writer, b"w")
 
     def close(self) -> None:
         self._disconnect()
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
+        reader, writer = self._wake_reader, self._wake_writer
+        # A signal may still come, when the numbers belong to other files.
+        self._wake_reader = self._wake_writer = -1
+        os.close(reader)
+        os.close(writer)
 
     def _wait(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -17,10 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
+from rq import worker_registration
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
 from rq.logutils import setup_loghandlers
+from rq.rate_limit import release_slot
+from rq.utils import now
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
 from embedq.producer import wire
@@ -43,6 +47,8 @@ IDLE_S = 15.0
 RECONNECT_FIRST_S, RECONNECT_LONGEST_S = 0.5, 10.0
 #: Two signals within so many seconds are one: Ctrl-C reaches a process group twice.
 SAME_SIGNAL_S = 1.0
+#: Seconds that a hanging Redis may cost beyond the grace.
+LAST_WORDS_S = 2.0
 #: Exit status after a grace that was too short.
 EXIT_GRACE_OVER = 3
 
@@ -102,26 +108,49 @@ class EmbedWorker(SimpleWorker):
         self.engine = Engine(load_encoder(self.settings), self.settings.max_batch_tokens, self.name)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
         self.store = ClaimStore(self.connection, self.name, self.settings.lease_s)
-        self.leases = LeaseKeeper(self.store, self.queue_names(), self.worker_ttl + 60, self._enqueue_dependents)
+        self.leases = LeaseKeeper(
+            self.store,
+            self.queue_names(),
+            self.worker_ttl + 60,
+            on_abandoned=self._do_sequels,
+            on_forgotten=self._register_again,
+        )
         self.waiter = QueueWaiter(self.connection, self.queue_keys())
         if not logging.getLogger("embedq").hasHandlers():
             # `rq worker` sets up RQ's loggers alone.
             setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         # Before anybody can see this worker and send it a signal.
         self._install_signal_handlers()
+        try:
+            self._register(logging_level, date_format, log_format)
+            self.leases.start()
+            return self._work(burst, max_jobs, max_idle_time) > 0
+        finally:
+            self._leave()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _register(self, logging_level: str | None, date_format: str, log_format: str) -> None:
         try:
             self.bootstrap(logging_level, date_format, log_format)
         except ValueError as err:
             raise ConfigurationError(f"{err}; choose another --name") from err
         self._announce()
-        self.leases.start()
+
+    def _leave(self) -> None:
+        """Gives back what is claimed and unregisters; a Redis that is gone holds up nobody who was told to stop."""
         try:
-            return self._work(burst, max_jobs, max_idle_time) > 0
-        finally:
             self._release_held()
             self.leases.stop()
+            if self.birth_date is not None:
+                self.teardown()
+        except redis.RedisError as err:
+            if not self._stop_requested:
+                raise
+            logger.warning("left without a word to Redis (%s); claimed jobs return when their leases end", err)
+        finally:
             self.waiter.close()
-            self.teardown()
             if self._grace_timer is not None:
                 self._grace_timer.cancel()
 
@@ -217,7 +246,7 @@ class EmbedWorker(SimpleWorker):
             result = self.engine.finish(job.work, job.claim.queued_s)
         except JobFailedError as err:
             return Outcome.failed(job.claim, err)
-        return Outcome.finished(job.claim, wire.encode_result(result), time.monotonic() - job.work.began_at)
+        return Outcome.finished(job.claim, wire.encode_result(result), job.work.busy_s)
 
     def _publish(self, outcomes: Sequence[Outcome]) -> None:
         """Sent until Redis has it or the leases are over: what was computed is not lost to a short outage."""
@@ -227,7 +256,7 @@ class EmbedWorker(SimpleWorker):
         give_up_at = time.monotonic() + self.settings.lease_s
         while True:
             try:
-                depended_on = self.store.publish(outcomes)
+                with_sequel = self.store.publish(outcomes)
                 break
             except redis.RedisError as err:
                 if not is_passing(err) or time.monotonic() > give_up_at:
@@ -236,8 +265,8 @@ class EmbedWorker(SimpleWorker):
                 time.sleep(RECONNECT_FIRST_S)
         self.leases.drop(outcome.claim for outcome in outcomes)
         self.successful_job_count += sum(outcome.kind == "finished" for outcome in outcomes)
-        for outcome in depended_on:
-            self._enqueue_dependents(outcome.claim.queue, [outcome.claim.job_id])
+        for outcome in with_sequel:
+            self._do_sequels(outcome.claim.queue, [outcome.claim.job_id])
 
     def _tell_failures(self, failed: Sequence[Outcome]) -> None:
         """One line however many fail at once; which ones they are is for debugging."""
@@ -249,11 +278,14 @@ class EmbedWorker(SimpleWorker):
 
     def _drop_lost(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
         """Jobs that were canceled or taken over are encoded no further."""
-        lost = [job for job in jobs if self.leases.is_lost(job.claim)]
-        for job in lost:
-            job.work.failure = JobFailedError("no longer this worker's", code="lost")
-        self.leases.drop(job.claim for job in lost)
-        return [job for job in jobs if job not in lost]
+        kept: list[ActiveJob] = []
+        for job in jobs:
+            if self.leases.is_lost(job.claim):
+                job.work.failure = JobFailedError("no longer this worker's", code="lost")
+                self.leases.drop([job.claim])
+            else:
+                kept.append(job)
+        return kept
 
     def _release_held(self) -> None:
         held = self.leases.held()
@@ -266,12 +298,23 @@ class EmbedWorker(SimpleWorker):
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
         self.leases.drop(held)
 
-    def _enqueue_dependents(self, queue_name: str, job_ids: Sequence[str]) -> None:
-        """RQ's own step after a job's end; safe after the commit, and repeated by RQ's maintenance."""
+    def _do_sequels(self, queue_name: str, job_ids: Sequence[str]) -> None:
+        """RQ's own steps after a job's end: dependents onto their queues, the slot of a rate limit freed.
+
+        Safe after the commit. A job whose hash RQ cannot read has none, and must not end the worker.
+        """
         queue = self.queue_class(queue_name, connection=self.connection, serializer=self.serializer)
         for job_id in job_ids:
-            with contextlib.suppress(NoSuchJobError):
-                queue.enqueue_dependents(Job.fetch(job_id, connection=self.connection, serializer=self.serializer))
+            try:
+                job = Job.fetch(job_id, connection=self.connection, serializer=self.serializer)
+                queue.enqueue_dependents(job)
+                release_slot(job)
+            except redis.RedisError:
+                raise
+            except NoSuchJobError:
+                continue
+            except Exception:
+                logger.exception("what follows job %s could not be done", job_id)
 
     # --- being idle, being an RQ worker
 
@@ -279,7 +322,31 @@ class EmbedWorker(SimpleWorker):
         if burst:
             self.check_for_suspension(burst)
         if self.should_run_maintenance_tasks:
+            self._maintain()
+
+    def _maintain(self) -> None:
+        """RQ's maintenance; one job that RQ cannot read must not end the worker."""
+        try:
             self.run_maintenance_tasks()
+        except redis.RedisError:
+            raise
+        except Exception:
+            logger.exception("maintenance failed; the next round is in %d s", self.maintenance_interval)
+        self.last_cleaned_at = now()  # type: ignore[assignment]
+
+    def clean_registries(self) -> None:
+        """As RQ's, without what runs code that a job names.
+
+        RQ fails abandoned jobs here and calls their failure callbacks and webhooks. Ours are taken back by
+        `recover.lua`; those with callbacks are left to RQ's own workers and tools.
+        """
+        for queue in self.queues:
+            if queue.acquire_maintenance_lock():
+                queue.finished_job_registry.cleanup()
+                queue.failed_job_registry.cleanup()
+                queue.ready_job_registry.cleanup()
+                worker_registration.clean_worker_registry(queue)
+                queue.release_maintenance_lock()
 
     def _idle(self, seconds: float) -> None:
         if self.get_state() != WorkerStatus.IDLE:
@@ -292,18 +359,32 @@ class EmbedWorker(SimpleWorker):
         while not self._stop_requested and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(0.1, left))
 
-    def _announce(self) -> None:
-        """What `embedq info` shows of this worker beside RQ's fields."""
+    def serialize(self) -> dict[str, Any]:
+        """RQ's fields of the worker's hash, and what `embedq info` shows beside them."""
         encoder = self.engine.encoder
-        self.connection.hset(
-            self.key,
-            mapping={
-                "embedq_model": encoder.name,
-                "embedq_revision": encoder.revision,
-                "embedq_device": encoder.placement,
-                "embedq_max_batch_tokens": self.engine.max_batch_tokens,
-            },
-        )
+        return {
+            **super().serialize(),
+            "embedq_model": encoder.name,
+            "embedq_revision": encoder.revision,
+            "embedq_device": encoder.placement,
+            "embedq_max_batch_tokens": self.engine.max_batch_tokens,
+        }
+
+    def _register_again(self) -> None:
+        """Redis has lost its data, or this worker's hash has expired: without it nobody sees the worker."""
+        if self._stop_requested or self.birth_date is None:
+            return
+        logger.warning("Redis has forgotten this worker; it registers again")
+        fields: Any = self.serialize()
+        with self.connection.pipeline() as pipeline:
+            pipeline.hset(self.key, mapping=fields)
+            pipeline.hset(self.key, "state", self.get_state())
+            worker_registration.register(self, pipeline)
+            pipeline.expire(self.key, self.worker_ttl + 60)
+            pipeline.execute()
+
+    def _announce(self) -> None:
+        encoder = self.engine.encoder
         logger.info(
             "worker %s serves %s on %s: queues %s, up to %d tokens a micro-batch, leases of %g s",
             *(self.name, encoder.name, encoder.placement, ", ".join(self.queue_names())),
@@ -322,22 +403,27 @@ class EmbedWorker(SimpleWorker):
 
     def request_stop(self, signum: int, frame: Any) -> None:  # noqa: ARG002
         """First signal: finish the micro-batch on the device, give the rest back, exit. A second one: at once."""
-        now = time.monotonic()
+        asked_at = time.monotonic()
         if self._stop_asked_at is None:
-            self._stop_asked_at = now
+            self._stop_asked_at = asked_at
             self._stop_requested = True
             self.waiter.wake()
             self._grace_timer = threading.Timer(self.settings.grace_s, self._end_of_grace)
             self._grace_timer.daemon = True
             self._grace_timer.start()
-        elif now - self._stop_asked_at > SAME_SIGNAL_S:
+        elif asked_at - self._stop_asked_at > SAME_SIGNAL_S:
             raise SystemExit(128 + signum)
 
     def _end_of_grace(self) -> None:
-        """The micro-batch outlasts the grace: give everything back and leave it."""
+        """The micro-batch outlasts the grace: give everything back, but wait no longer for that either."""
         logger.error("not done within the grace of %g s; leaving", self.settings.grace_s)
-        self._release_held()
-        with contextlib.suppress(redis.RedisError):
-            self.register_death()
+        last_words = threading.Thread(target=self._say_last_words, daemon=True)
+        last_words.start()
+        last_words.join(LAST_WORDS_S)
         logging.shutdown()
         os._exit(EXIT_GRACE_OVER)
+
+    def _say_last_words(self) -> None:
+        with contextlib.suppress(redis.RedisError):
+            self._release_held()
+            self.register_death()

@@ -107,7 +107,7 @@ def test_a_server_that_cannot_start_says_why(short_path: Path, monkeypatch: pyte
             other.start()
     with pytest.raises(ConfigurationError, match="too long for a unix socket"):
         RedisServer(short_path / ("x" * 100)).start()
-    with pytest.raises(ConfigurationError, match="ended at once"):
+    with pytest.raises(ConfigurationError, match="/bin/false ended with status 1"):
         RedisServer(short_path, binary="/bin/false").start()
     monkeypatch.setattr(redis_server.shutil, "which", lambda _name: None)
     monkeypatch.setattr(redis_server.importlib.util, "find_spec", lambda _name: None)
@@ -159,12 +159,23 @@ def test_a_second_up_in_the_same_folder_is_refused(run: Run, short_path: Path) -
     assert gone(short_path)
 
 
-def test_up_ends_with_the_workers_last_words_if_it_dies(run: Run, short_path: Path) -> None:
-    service = run("up", "--model", "./nowhere", "--port", "0")
-    _, errors = service.communicate(timeout=30)
+@pytest.mark.parametrize(("victim", "says"), [("redis-server", "ended with status"), ("worker", "the worker ended")])
+def test_up_ends_and_says_so_if_one_of_its_two_dies(run: Run, short_path: Path, victim: str, says: str) -> None:
+    service = run("up", "--model", "noop:8", "--port", "0")
+    read_url(service)
+    for pid in children_of(short_path):
+        if pid != service.pid and victim in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGKILL)
+    _, errors = service.communicate(timeout=60)
     assert service.returncode == 2
-    assert "error: the worker ended with status 6: " in errors
+    assert says in errors.splitlines()[-1]
     assert "Traceback" not in errors
+    assert gone(short_path)
+
+
+def test_up_with_a_model_that_is_not_there_starts_nothing(run: Run, short_path: Path) -> None:
+    _, errors = run("up", "--model", "./nowhere", "--port", "0").communicate(timeout=30)
+    assert errors.startswith("error: there is no folder")
     assert gone(short_path)
 
 

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from rq.job import Job
 
-from embedq.producer import EmbedQueue, JobFailedError, JobStatus, keys
+from embedq.producer import EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.worker.claims import Claim, ClaimStore, Outcome
 
 LEASE_S = 30.0
@@ -149,7 +150,7 @@ def test_a_worker_that_lost_its_hold_changes_nothing(queue: EmbedQueue, store: C
     other = ClaimStore(queue._client, "w2", LEASE_S)
     assert other.recover("embed") == (1, [])
     [new] = claim(other)
-    assert store.renew([old], 60) == [old]
+    assert store.renew([old], 60).lost == [old]
     store.publish([done(old)])
     assert store.release([old]) == 0
     assert job.status() is JobStatus.STARTED
@@ -165,7 +166,7 @@ def test_a_job_canceled_while_it_runs_stays_canceled(queue: EmbedQueue, store: C
     job = queue.enqueue("text")
     [claimed] = claim(store)
     assert job.cancel() is True
-    assert store.renew([claimed], 60) == [claimed]
+    assert store.renew([claimed], 60).lost == [claimed]
     store.publish([done(claimed)])
     assert job.status() is JobStatus.CANCELED
     assert leftovers(queue) == set()
@@ -190,9 +191,9 @@ def test_renewing_moves_the_end_of_the_lease(queue: EmbedQueue, store: ClaimStor
     claims = claim(store)
     pair = f"{job.id}:{claims[0].execution_id}"
     queue._redis.zadd(keys.started("embed"), {pair: time.time() + 1})
-    assert store.renew(claims, 60) == []
+    assert store.renew(claims, 60).lost == []
     assert queue._redis.zscore(keys.started("embed"), pair) > time.time() + LEASE_S - 5
-    assert store.renew([], 60) == []
+    assert store.renew([], 60).lost == []
 
 
 def test_a_heartbeat_does_not_bring_back_a_worker_that_is_gone(queue: EmbedQueue, store: ClaimStore) -> None:
@@ -216,12 +217,89 @@ def test_abandoned_jobs_wait_again_until_their_retries_are_used_up(queue: EmbedQ
     assert leftovers(queue) == set()
 
 
-def test_a_living_lease_and_a_stock_workers_execution_are_left_alone(queue: EmbedQueue, store: ClaimStore) -> None:
+def test_a_living_lease_and_a_job_with_callbacks_are_left_alone(queue: EmbedQueue, store: ClaimStore) -> None:
+    """RQ's clean-up would call what the job names; nothing of ours does."""
     queue.enqueue("text")
     claim(store)
+    fields = {"status": "started", "failure_callback_name": "os.getpid", "data": "x", "retries_left": "3"}
+    queue._redis.hset(keys.job("theirs"), mapping=fields)
     queue._redis.zadd(keys.started("embed"), {"theirs:0123abcd": 1, "no-pair": 1})
     assert store.recover("embed") == (0, [])
     assert queue._redis.zcard(keys.started("embed")) == 3
+
+
+def test_jobs_left_alone_do_not_hide_those_behind_them(queue: EmbedQueue, store: ClaimStore) -> None:
+    abandoned = {f"no-pair-{number}": number for number in range(700)}
+    job = queue.enqueue("text")
+    [claimed] = claim(store)
+    queue._redis.zadd(keys.started("embed"), {**abandoned, f"{job.id}:{claimed.execution_id}": 1000})
+    assert store.recover("embed") == (1, [])
+
+
+def test_a_dead_stock_workers_job_is_taken_back_too(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    queue._redis.lpop(keys.queue("embed"))
+    queue._redis.hset(keys.job(job.id), "status", "started")
+    queue._redis.zadd(keys.started("embed"), {f"{job.id}:0123abcd": 1})
+    assert store.recover("embed") == (1, [])
+    assert job.status() is JobStatus.QUEUED
+
+
+def test_a_claim_whose_reply_was_lost_is_told_again(
+    queue: EmbedQueue, store: ClaimStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = queue.enqueue_many(["a", "b", "c"])
+    monkeypatch.setattr("embedq.worker.claims.os.urandom", lambda _size: b"same nonce")
+    first = claim(store, max_jobs=2)
+    again = claim(store, max_jobs=2)
+    assert sorted(c.job_id for c in again) == sorted(job.id for job in jobs[:2])
+    assert {(c.job_id, c.execution_id, c.data) for c in again} == {(c.job_id, c.execution_id, c.data) for c in first}
+    monkeypatch.undo()
+    assert [c.job_id for c in claim(store)] == [jobs[2].id]
+
+
+def test_many_texts_that_compress_to_nothing_fill_a_claim_too(queue: EmbedQueue, store: ClaimStore) -> None:
+    for _ in range(5):
+        queue.enqueue([""] * 1000)
+    assert len(claim(store, max_bytes=8 * 1500)) == 2
+
+
+def test_a_time_to_live_beyond_reason_is_clamped(queue: EmbedQueue, store: ClaimStore) -> None:
+    """From another client: ours refuses it."""
+    huge, odd = queue.enqueue_many(["a", "b"], retries=0)
+    queue._redis.hset(keys.job(huge.id), "result_ttl", str(10**18))
+    queue._redis.hset(keys.job(odd.id), "failure_ttl", "12.7")
+    first, second = claim(store)
+    store.publish([done(first), failed(second)])
+    assert 0 < queue._redis.ttl(keys.job(huge.id)) <= 10**9
+    assert 0 < queue._redis.ttl(keys.job(odd.id)) <= 12
+
+
+def test_a_retry_with_an_interval_is_scheduled_as_rq_does(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text", retries=2)
+    queue._redis.hset(keys.job(job.id), "retry_intervals", "[60, 0]")
+    store.publish([failed(claim(store)[0], retryable=True)])
+    assert job.status() is JobStatus.SCHEDULED
+    assert 50 < queue._redis.zscore(keys.scheduled("embed"), job.id) - time.time() <= 61
+    assert leftovers(queue) == set()
+    queue._redis.hset(keys.job(job.id), mapping={"status": "queued"})
+    queue._redis.rpush(keys.queue("embed"), job.id)
+    store.publish([failed(claim(store)[0], retryable=True)])
+    assert job.status() is JobStatus.QUEUED
+
+
+def test_a_job_that_rq_cancels_while_it_runs_leaves_no_execution(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    [claimed] = claim(store)
+    Job.fetch(job.id, connection=queue._client, serializer=EmbedSerializer).cancel()
+    assert store.renew([claimed], 60).lost == [claimed]
+    assert leftovers(queue) == set()
+
+
+def test_a_worker_that_redis_has_forgotten_learns_it(queue: EmbedQueue, store: ClaimStore) -> None:
+    assert not store.renew([], 60).is_known
+    queue._redis.hset(keys.worker("w1"), "birth", "today")
+    assert store.renew([], 60).is_known
 
 
 def test_counters_of_a_live_worker_are_whole_numbers(queue: EmbedQueue, store: ClaimStore) -> None:

@@ -23,9 +23,13 @@ from embedq.producer.options import (
     [
         ({"dimension": 3}, "unknown option 'dimension'; did you mean dimensions\\?"),
         ({"xyzzy": 1}, "unknown option 'xyzzy'; known are prompt, "),
-        ({"dimensions": 0}, "dimensions must be a positive whole number, not '0'"),
-        ({"dimensions": True}, "dimensions must be a positive whole number"),
-        ({"dimensions": 2.5}, "dimensions must be a positive whole number"),
+        ({"dimensions": 0}, "dimensions must be a whole number from 1 to 1000000, not '0'"),
+        ({"dimensions": True}, "dimensions must be a whole number"),
+        ({"dimensions": 2.5}, "dimensions must be a whole number"),
+        ({"dimensions": 10**30}, "dimensions must be a whole number"),
+        ({"dimensions": 10**5000}, "dimensions must be a whole number from 1 to 1000000, not a huge int"),
+        ({"prompt": "half \ud83d"}, "prompt is not Unicode"),
+        ({"model": "\ud83d"}, "model is not Unicode"),
         ({"precision": "float64"}, "precision must be one of float32, float16, int8, uint8, binary, ubinary"),
         ({"truncation_side": "middle"}, "truncation_side must be one of right, left"),
         ({"truncate": 1}, "truncate must be true or false"),
@@ -43,7 +47,12 @@ def test_an_option_that_cannot_be_is_refused_by_name(options: dict[str, Any], me
 
 
 @pytest.mark.parametrize(
-    "settings", [{"retries": -1}, {"result_ttl": -2}, {"failure_ttl": 1.5}, {"ttl": 0}, {"result_ttl": True}]
+    "settings",
+    [
+        *({"retries": -1}, {"result_ttl": -2}, {"failure_ttl": 1.5}, {"ttl": 0}, {"result_ttl": True}),
+        *({"result_ttl": 10**18}, {"ttl": 10**18}, {"retries": 10**30}, {"failure_ttl": 10**5000}),
+        *({"at_front": "no"}, {"description": [1]}, {"description": "\ud83d"}, {"description": "x" * 1001}),
+    ],
 )
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidOptionError, match=next(iter(settings))):
@@ -68,6 +77,8 @@ def test_only_what_differs_from_the_defaults_goes_over_the_wire() -> None:
         (["a", 3], 1, "text 1 is int, not a string"),
         ([None], 0, "text 0 is NoneType, not a string"),
         (b"bytes", None, "texts must be a string or a list of strings, not bytes"),
+        ({"a": 1}, None, "texts must be a string or a list of strings, not dict"),
+        ({"a"}, None, "texts must be a string or a list of strings, not set"),
         (17, None, "texts must be a string or a list of strings, not int"),
         (["a"] * (MAX_TEXTS_PER_JOB + 1), None, "1,025 texts in one job; at most 1,024 go"),
         (["ok", "x" * (MAX_TEXT_CHARS + 1)], 1, "text 1 has 1,000,001 characters"),

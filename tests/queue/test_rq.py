@@ -21,8 +21,8 @@ from rq.job import Job
 
 from embedq.producer import Embeddings, EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.worker import tasks
-from tests.conftest import Drain
-from tests.queue.test_worker import Start, start, until, workers  # noqa: F401
+from tests.conftest import Drain, until
+from tests.queue.test_worker import Start, start, workers  # noqa: F401
 
 RQ = str(Path(sys.executable).parent / "rq")
 SERIALIZER = "embedq.producer.serializer.EmbedSerializer"

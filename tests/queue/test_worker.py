@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rq import Queue
+import redis
+from rq import Callback, Queue
 from rq.job import Job
+from rq.rate_limit import RateLimit
 
+from embedq.model import NoopEncoder
 from embedq.producer import ConfigurationError, EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.producer.connection import connect
 from embedq.worker import EmbedWorker, WorkerSettings
+from embedq.worker.claims import Renewed
+from embedq.worker.leases import LeaseKeeper
 from embedq.worker.redis_server import RedisServer
 from embedq.worker.waiting import QueueWaiter
-from tests.conftest import Drain
+from tests.conftest import Drain, until
 
 EMBEDQ = (sys.executable, "-m", "embedq.worker.cli")
 
@@ -73,13 +80,6 @@ def hanging_device(short_path: Path) -> list[str]:
         "main()\n"
     )
     return [sys.executable, str(script)]
-
-
-def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that in time"
-        time.sleep(0.01)
 
 
 def finished(queue: EmbedQueue) -> int:
@@ -137,6 +137,7 @@ def test_a_finished_worker_leaves_nothing_but_results(queue: EmbedQueue, drain: 
     worker = drain()
     left = {key.decode() for key in queue._redis.keys("*")}
     expiring = {keys.worker(worker.name), keys.job(job.id), keys.results(job.id), f"{keys.PREFIX}:clean_groups"}
+    expiring.add(keys.worker_claim(worker.name))
     assert left == {keys.QUEUES, keys.finished("embed")} | expiring
     assert all(queue._redis.ttl(key) > 0 for key in expiring)
 
@@ -150,6 +151,84 @@ def test_jobs_that_depend_on_ours_are_enqueued_when_it_ends(queue: EmbedQueue, d
     drain()
     assert Job.fetch(second.id, connection=queue._client, serializer=EmbedSerializer).get_status() == "finished"
     assert queue.result(second.id).num_tokens == (3,)
+
+
+class BrokenEncoder(NoopEncoder):
+    """Raises what no encoder should: a bug, or a library that surprises."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__(8)
+        self._step = step
+
+    def tokenize(self, texts: Any, **options: Any) -> Any:
+        if self._step == "tokenize" and "bad" in texts:
+            raise KeyError("no such word")
+        return super().tokenize(texts, **options)
+
+    def encode_tokens(self, batch: Any) -> Any:
+        if self._step == "encode" and any(text.num_tokens == 2 + 5 for text in batch):
+            raise KeyError("no such kernel")
+        return super().encode_tokens(batch)
+
+    def postprocess(self, vectors: Any, **options: Any) -> Any:
+        if self._step == "postprocess" and options["dimensions"] == 3 and len(vectors):
+            raise ZeroDivisionError("surprise")
+        return super().postprocess(vectors, **options)
+
+
+@pytest.mark.parametrize("step", ["tokenize", "encode", "postprocess"])
+def test_an_encoder_that_raises_anything_fails_its_job_and_no_worker(
+    queue: EmbedQueue, drain: Drain, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr("embedq.worker.worker.load_encoder", lambda _settings: BrokenEncoder(step))
+    good = queue.enqueue_many(["a", "b"])
+    texts = {"tokenize": "bad", "encode": "one two three four five", "postprocess": "x"}
+    bad = queue.enqueue(texts[step], dimensions=3, retries=1)
+    worker = drain()
+    assert [job.status() for job in good] == [JobStatus.FINISHED] * 2
+    with pytest.raises(JobFailedError) as caught:
+        bad.result(timeout=0)
+    assert caught.value.code == ("encode_failed" if step == "encode" else "internal")
+    assert (worker.successful_job_count, worker.failed_job_count) == (2, 2)  # the retry counts too
+
+
+def test_a_hash_that_rq_cannot_read_ends_no_worker(queue: EmbedQueue, drain: Drain) -> None:
+    """In the started registry, where maintenance looks, and with jobs that depend on it."""
+    queue._redis.hset(keys.job("corrupt"), mapping={"status": "started", "data": "x", "created_at": "never"})
+    queue._redis.zadd(keys.started("embed"), {"corrupt:0123": 1})
+    job = queue.enqueue("text")
+    queue._redis.hset(keys.job(job.id), "created_at", "never")
+    queue._redis.sadd(keys.dependents(job.id), "another")
+    drain()
+    assert job.status() is JobStatus.FINISHED
+    assert queue.status("corrupt") is JobStatus.FAILED
+
+
+def planted_callback(*_: Any) -> None:
+    raise AssertionError("a worker of ours called what a job names")
+
+
+def test_callbacks_that_a_job_names_are_not_called(queue: EmbedQueue, drain: Drain) -> None:
+    theirs = Queue("embed", connection=queue._client, serializer=EmbedSerializer)
+    callback = Callback("tests.queue.test_worker.planted_callback")
+    options: dict[str, Any] = {"on_success": callback, "on_failure": callback, "on_stopped": callback}
+    good, bad, abandoned = (
+        theirs.enqueue("embedq.worker.tasks.embed", kwargs={"texts": ["a"], **extra}, **options)
+        for extra in ({}, {"dimensions": 99}, {})
+    )
+    queue._redis.lrem(keys.queue("embed"), 0, abandoned.id)
+    queue._redis.hset(keys.job(abandoned.id), "status", "started")
+    queue._redis.zadd(keys.started("embed"), {f"{abandoned.id}:0123": 1})
+    drain()
+    assert (good.get_status(), bad.get_status(), abandoned.get_status()) == ("finished", "failed", "started")
+
+
+def test_jobs_under_a_rate_limit_free_their_slots(queue: EmbedQueue, drain: Drain) -> None:
+    theirs = Queue("embed", connection=queue._client, serializer=EmbedSerializer)
+    limit = RateLimit("slots", concurrency=1)
+    jobs = [theirs.enqueue("embedq.worker.tasks.embed", kwargs={"texts": [text]}, rate_limit=limit) for text in "abc"]
+    drain()
+    assert [job.get_status() for job in jobs] == ["finished"] * 3
 
 
 # --- idle, suspended, stopped
@@ -279,6 +358,85 @@ def test_a_redis_that_is_full_for_a_while_costs_no_job(queue: EmbedQueue, start:
     finally:
         queue._redis.config_set("maxmemory", "0")
     until(lambda: finished(queue) == len(jobs), timeout_s=30)
+
+
+def test_a_worker_outlives_a_failover_that_makes_its_redis_a_replica(queue: EmbedQueue, start: Start) -> None:
+    jobs = queue.enqueue_many([f"text {n}" for n in range(2_000)])
+    worker = start("--max-batch-tokens", "8", "--max-claim-jobs", "500")
+    until(lambda: finished(queue) > 5)
+    queue._redis.config_set("replica-read-only", "yes")
+    queue._redis.replicaof("127.0.0.1", "1")
+    try:
+        time.sleep(1.0)
+        assert worker.process.poll() is None
+    finally:
+        queue._redis.replicaof("no", "one")
+    until(lambda: finished(queue) == len(jobs), timeout_s=30)
+
+
+def test_sigterm_is_honoured_while_redis_is_down(short_path: Path, start: Start) -> None:
+    server = RedisServer(short_path)
+    with server, EmbedQueue(server.url) as queue:
+        worker = start(at=server.url)
+        until(lambda: workers(queue))
+        time.sleep(0.3)
+        server.stop()
+        time.sleep(0.3)
+        worker.send(signal.SIGTERM)
+        status, output = worker.ended()
+        assert status == 0, output
+        assert "left without a word to Redis" in output
+        assert "Traceback" not in output
+
+
+def test_the_grace_is_kept_even_if_redis_hangs(short_path: Path, start: Start) -> None:
+    with RedisServer(short_path) as server, EmbedQueue(server.url) as queue:
+        queue.enqueue_many([f"text {n}" for n in range(5_000)])
+        worker = start("--max-batch-tokens", "8", "--grace-s", "1", at=server.url)
+        until(lambda: finished(queue) > 5)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            time.sleep(0.2)
+            worker.send(signal.SIGTERM)
+            status, output = worker.ended(15)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        assert status == 3, output
+        assert "not done within the grace of 1 s" in output
+
+
+def test_a_worker_that_redis_has_forgotten_registers_again(queue: EmbedQueue, start: Start) -> None:
+    start("--lease-s", "1", "--name", "phoenix")
+    until(lambda: workers(queue))
+    queue._redis.flushall()
+    until(lambda: workers(queue))
+    [seen] = EmbedWorker.all(connection=queue._client)
+    assert (seen.name, seen.queue_names()) == ("phoenix", ["embed"])
+    assert queue._redis.ttl(seen.key) > 0
+    assert len(queue.embed("text", timeout=20)) == 1
+
+
+def test_the_lease_thread_survives_any_error() -> None:
+    class Store:
+        lease_s = 0.2
+        rounds = 0
+
+        def renew(self, *_: Any) -> Renewed:
+            self.rounds += 1
+            if self.rounds == 1:
+                raise ValueError("a bug")
+            if self.rounds == 2:
+                raise redis.ConnectionError("away")
+            return Renewed([], is_known=True)
+
+        def recover(self, _queue: str) -> tuple[int, list[str]]:
+            return 0, []
+
+    store: Any = Store()
+    leases = LeaseKeeper(store, ["embed"], 60, on_abandoned=lambda *_: None, on_forgotten=lambda: None)
+    leases.start()
+    until(lambda: store.rounds > 3)
+    leases.stop()
 
 
 def test_log_lines_are_json_if_asked(queue: EmbedQueue, start: Start) -> None:
