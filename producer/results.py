@@ -48,7 +48,9 @@ class ResultReader:
         self._slice_s = min(LOOK_AGAIN_S, timeout / 2) if timeout else LOOK_AGAIN_S
 
     def outcomes(self, job_ids: Iterable[str], timeout_s: float | None) -> Iterator[tuple[str, Outcome]]:
-        """Each job once, as soon as it ended; what has not ended in time comes as ResultTimeoutError.
+        """Each job once, about as it ends: WINDOW of them are watched at a time, in the given order.
+
+        What has not ended in time comes as ResultTimeoutError.
 
         `timeout_s` None waits for good, 0 only looks. Raises QueueConnectionError.
         """

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 ROUNDS = 5
+#: Columns of a table, whatever the terminal: names are not to be cut.
+WIDTH = 110
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,4 +40,4 @@ def show(title: str, unit: str, rows: list[Row], base: str) -> None:
     for row in rows:
         spread = f"{row.lowest:,.0f} to {row.highest:,.0f}"
         table.add_row(row.name, f"{row.median:,.0f}", spread, f"{row.median / reference:.2f}")
-    Console().print(table)
+    Console(width=WIDTH).print(table)
