@@ -347,30 +347,28 @@ def test_an_outage_longer_than_the_lease_in_the_middle_of_work_strands_no_job(sh
         assert queue._redis.zcard(keys.started("embed")) == 0
 
 
-def test_a_redis_that_is_full_for_a_while_costs_no_job(queue: EmbedQueue, start: Start) -> None:
+def fill_up(server: Any, begin: bool) -> None:
+    server.config_set("maxmemory", "1" if begin else "0")
+
+
+def make_replica(server: Any, begin: bool) -> None:
+    """As in a failover: the old master follows another."""
+    server.replicaof(*(("127.0.0.1", "1") if begin else ("no", "one")))
+
+
+@pytest.mark.parametrize("fault", [fill_up, make_replica])
+def test_a_redis_that_refuses_for_a_while_costs_no_job(
+    queue: EmbedQueue, start: Start, fault: Callable[[Any, bool], None]
+) -> None:
     jobs = queue.enqueue_many([f"text {n}" for n in range(2_000)])
     worker = start("--max-batch-tokens", "8", "--max-claim-jobs", "500")
     until(lambda: finished(queue) > 5)
-    queue._redis.config_set("maxmemory", "1")
+    fault(queue._redis, True)
     try:
         time.sleep(1.0)
         assert worker.process.poll() is None
     finally:
-        queue._redis.config_set("maxmemory", "0")
-    until(lambda: finished(queue) == len(jobs), timeout_s=30)
-
-
-def test_a_worker_outlives_a_failover_that_makes_its_redis_a_replica(queue: EmbedQueue, start: Start) -> None:
-    jobs = queue.enqueue_many([f"text {n}" for n in range(2_000)])
-    worker = start("--max-batch-tokens", "8", "--max-claim-jobs", "500")
-    until(lambda: finished(queue) > 5)
-    queue._redis.config_set("replica-read-only", "yes")
-    queue._redis.replicaof("127.0.0.1", "1")
-    try:
-        time.sleep(1.0)
-        assert worker.process.poll() is None
-    finally:
-        queue._redis.replicaof("no", "one")
+        fault(queue._redis, False)
     until(lambda: finished(queue) == len(jobs), timeout_s=30)
 
 
