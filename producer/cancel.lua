@@ -42,7 +42,10 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', 10, '*', 'type', 3, 'worker_name', ''
 -- RQ never clears this registry, so each cancellation drops what is as old as a canceled job can be.
 local canceled = prefix .. ':canceled:' .. queue
 redis.call('ZADD', canceled, now_s, id)
-if ttl >= 0 then
+if ttl == 0 then
+  ttl = 60 -- whoever waits for the result is to learn of it
+end
+if ttl > 0 then
   redis.call('EXPIRE', KEYS[1], ttl)
   redis.call('EXPIRE', KEYS[2], ttl)
   redis.call('ZREMRANGEBYSCORE', canceled, '-inf', '(' .. (now_s - ttl))

@@ -21,7 +21,7 @@ import redis
 from embedq.producer import fleet, formats
 from embedq.producer.connection import DEFAULT_URL, connect
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import EmbedqError, JobNotFoundError
+from embedq.producer.errors import EmbedqError, JobNotFoundError, PartialEnqueueError
 from embedq.producer.options import FAILURE_TTL_S, RESULT_TTL_S, RETRIES, Precision, TruncationSide
 from embedq.producer.queue import DEFAULT_QUEUE, EmbedQueue
 
@@ -132,9 +132,12 @@ def enqueue(
         if one_job or job_id is not None:
             jobs = [client.enqueue(everything, job_id=job_id, **keywords)]
         else:
-            jobs = client.enqueue_many(everything, **keywords)
-    for job in jobs:
-        echo_json({"id": job.id}) if as_json else click.echo(job.id)
+            try:
+                jobs = client.enqueue_many(everything, **keywords)
+            except PartialEnqueueError as err:
+                _print_ids(err.job_ids, as_json)
+                raise
+    _print_ids([job.id for job in jobs], as_json)
 
 
 @click.command()
@@ -248,7 +251,7 @@ def info(url: str, as_json: bool) -> None:
         tables.print_fleet(seen)
 
 
-#: In the order in which `embedq --help` lists them.
+#: What `embedq` offers a client.
 COMMANDS = (enqueue, embed, status, result, cancel, requeue, info)
 
 
@@ -300,9 +303,14 @@ def write_result(result: Embeddings, file_format: str, output: Path | None) -> N
     try:
         formats.write_whole(output, data)
     except OSError as err:
-        raise click.FileError(str(output), hint=f"{err.strerror}; the file was left as it was") from err
+        raise EmbedqError(f"{output} cannot be written ({err.strerror}); it was left as it was") from err
     rows, columns = result.vectors.shape
     click.echo(f"{output}: {rows} x {columns} {result.vectors.dtype}, {len(data):,} bytes", err=True)
+
+
+def _print_ids(job_ids: list[str], as_json: bool) -> None:
+    for job_id in job_ids:
+        echo_json({"id": job_id}) if as_json else click.echo(job_id)
 
 
 @contextmanager

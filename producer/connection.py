@@ -30,7 +30,7 @@ SOCKET_TIMEOUT_S = 30.0
 #: as text, in which some releases leave out the code.
 _PASSING_ERRORS = (redis.ReadOnlyError, redis.OutOfMemoryError, redis.exceptions.MasterDownError)
 _PASSING_REPLIES = re.compile(
-    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN)\b"
+    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED)\b"
     r"|read only replica|when used memory > 'maxmemory'"
 )
 #: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing more when they are sent twice.
@@ -42,7 +42,7 @@ def connect(url: str, **options: Any) -> redis.Redis:
     scheme = url.partition(":")[0] if isinstance(url, str) else ""
     if scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError(
-            f"{without_secrets(url)!r} is no Redis URL; write redis://HOST:PORT/DB, rediss://... or unix:///PATH"
+            f"{without_secrets(url)} is no Redis URL; write redis://HOST:PORT/DB, rediss://... or unix:///PATH"
         )
     settings: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -58,7 +58,7 @@ def connect(url: str, **options: Any) -> redis.Redis:
     except (ValueError, TypeError) as err:
         # The reason may quote a piece of the password.
         raise ConfigurationError(
-            f"the Redis URL {without_secrets(url)!r} cannot be read: check host, port and database, and write"
+            f"the Redis URL {without_secrets(url)} cannot be read: check host, port and database, and write"
             " special characters of user and password as %XX"
         ) from err
 
@@ -71,9 +71,9 @@ def check_client(client: redis.Redis) -> redis.Redis:
 
 
 def without_secrets(url: object) -> str:
-    """The URL fit for a log: neither credentials nor parameters, even where it cannot be parsed."""
-    scheme, separator, rest = str(url).partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
+    """Of a URL that cannot be used the scheme alone: where the rest cannot be parsed, any of it may be a password."""
+    scheme, separator, _ = str(url).partition("://")
+    return f"{scheme}{separator}..." if separator else "what was given"
 
 
 def describe(client: redis.Redis) -> str:

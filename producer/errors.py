@@ -8,7 +8,7 @@
     ├── ConfigurationError (ValueError)      a URL or setting that cannot work
     ├── QueueConnectionError                 Redis cannot be reached                       (retryable)
     │   └── QueueAccessError                 Redis wants other credentials or permissions
-    ├── PartialEnqueueError                  an error between two chunks of enqueue_many   (job_ids)
+    ├── PartialEnqueueError                  an error between two chunks of enqueue_many   (job_ids, retryable)
     ├── QueueServerError                     Redis refused a command: out of memory, ...   (retryable)
     ├── DuplicateJobError                    the job id is taken by another request
     ├── JobNotFoundError                     never existed, expired or was deleted
@@ -77,9 +77,10 @@ class PartialEnqueueError(EmbedqError):
 
     code = "partial_enqueue"
 
-    def __init__(self, message: str, job_ids: Sequence[str]) -> None:
+    def __init__(self, message: str, job_ids: Sequence[str], *, retryable: bool = False) -> None:
         super().__init__(message)
         self.job_ids = list(job_ids)
+        self.retryable = retryable
 
 
 class QueueServerError(EmbedqError):
@@ -114,7 +115,7 @@ class JobFailedError(EmbedqError):
     traceback, so the code survives whichever worker ran the job, and every RQ tool shows it.
     """
 
-    #: What RQ's own clean-up writes when a worker died with the job in hand.
+    #: The code of a job whose worker died, whether RQ's clean-up or ours found it.
     ABANDONED = "abandoned"
 
     def __init__(
@@ -139,6 +140,11 @@ class JobFailedError(EmbedqError):
         return type(self), (self.message,), state
 
     @classmethod
+    def abandoned(cls) -> JobFailedError:
+        message = "a worker died with the job in hand and no retries were left"
+        return cls(message, code=cls.ABANDONED, retryable=True)
+
+    @classmethod
     def parse(cls, exc_string: str) -> JobFailedError:
         """The failure that RQ's `exc_string` (a traceback) tells of; code `exception` where it isn't ours."""
         lines = [line for line in exc_string.splitlines() if line.strip()]
@@ -152,11 +158,7 @@ class JobFailedError(EmbedqError):
                 text_index=None if index is None else int(index),
             )
         if "AbandonedJobError" in last:
-            return cls(
-                "a worker died with the job in hand and no retries were left",
-                code=cls.ABANDONED,
-                retryable=True,
-            )
+            return cls.abandoned()
         return cls(last)
 
 

@@ -61,7 +61,7 @@ def look(client: redis.Redis) -> FleetInfo:
         pipeline = connection.pipeline(transaction=False)
         pipeline.smembers(keys.QUEUES).smembers(keys.WORKERS).exists(keys.SUSPENDED)
         queue_keys, worker_keys, suspended = pipeline.execute()
-        names = sorted(keys.queue_name(key.decode()) for key in queue_keys)
+        names = sorted(keys.queue_name(key.decode(errors="replace")) for key in queue_keys)
         queues = _look_at_queues(connection, names)
         workers = _look_at_workers(connection, sorted(worker_keys))
     return FleetInfo(queues, workers, bool(suspended))
@@ -87,9 +87,9 @@ def _look_at_workers(connection: Any, worker_keys: list[bytes]) -> list[WorkerIn
 
 
 def _read_worker(key: bytes, fields: dict[bytes, bytes]) -> WorkerInfo:
-    text = {name.decode(): value.decode(errors="replace") for name, value in fields.items()}
+    text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
     return WorkerInfo(
-        name=key.decode().removeprefix(keys.worker("")),
+        name=key.decode(errors="replace").removeprefix(keys.worker("")),
         state=text.get("state", "?"),
         queues=[name for name in text.get("queues", "").split(",") if name],
         host=text.get("hostname", ""),

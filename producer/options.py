@@ -22,8 +22,8 @@ MAX_TEXTS_PER_JOB = 1024
 MAX_TEXT_CHARS = 1_000_000
 #: Characters the texts of one job may have together.
 MAX_JOB_CHARS = 16_000_000
-#: Characters of a prompt.
-MAX_PROMPT_CHARS = 10_000
+#: Characters of an option that is text: a prompt, a model's name.
+MAX_OPTION_CHARS = 10_000
 
 #: Dimensions no model has.
 MAX_DIMENSIONS = 1_000_000
@@ -89,7 +89,7 @@ class EmbedOptions:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "prompt_name", "model"):
-            _check_string(self, name, MAX_PROMPT_CHARS)
+            _check_string(self, name, MAX_OPTION_CHARS)
         _check(self.normalize is None or isinstance(self.normalize, bool), "normalize", "true or false", self)
         _check(isinstance(self.truncate, bool), "truncate", "true or false", self)
         wanted = f"a whole number from 1 to {MAX_DIMENSIONS}"
@@ -170,13 +170,8 @@ def check_text(text: object, index: int) -> None:
         raise InvalidTextError(
             f"text {index} has {len(text):,} characters; at most {MAX_TEXT_CHARS:,} go, split it first", index
         )
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as err:
-            raise InvalidTextError(
-                f"text {index} has a lone surrogate at {err.start}; it is not Unicode", index
-            ) from err
+    if (place := lone_surrogate(text)) is not None:
+        raise InvalidTextError(f"text {index} has a lone surrogate at {place}; it is not Unicode", index)
 
 
 def lone_surrogate(text: str) -> int | None:

@@ -34,6 +34,7 @@ from embedq.producer.errors import (
 from embedq.producer.jobs import EmbedJob
 from embedq.producer.options import (
     FAILURE_TTL_S,
+    MAX_JOB_CHARS,
     EmbedOptions,
     EnqueueKeywords,
     JobSettings,
@@ -128,7 +129,8 @@ class EmbedQueue:
                 if not sent:
                     raise
                 message = f"{sent:,} of {len(jobs):,} jobs are enqueued; then: {err}"
-                raise PartialEnqueueError(message, [job.id for job in jobs[:sent]]) from err
+                ids = [job.id for job in jobs[:sent]]
+                raise PartialEnqueueError(message, ids, retryable=err.retryable) from err
             sent += len(chunk)
         return jobs
 
@@ -143,14 +145,10 @@ class EmbedQueue:
         for index, text in enumerate(everything):
             check_text(text, index)
         keywords.setdefault("result_ttl", EMBED_RESULT_TTL_S)
-        slices = [
-            everything[start : start + TEXTS_PER_EMBED_JOB]
-            for start in range(0, max(1, len(everything)), TEXTS_PER_EMBED_JOB)
-        ]
         deadline = None if timeout is None else time.monotonic() + timeout
         jobs: list[EmbedJob] = []
         try:
-            jobs.extend(self.enqueue(some, **keywords) for some in slices)
+            jobs.extend(self.enqueue(some, **keywords) for some in _slices(everything))
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             parts: dict[str, Embeddings] = {}
             for job_id, outcome in self._outcomes([job.id for job in jobs], left):
@@ -264,9 +262,7 @@ class EmbedQueue:
         )
         if taken:
             ids = [job_id.decode() for job_id in taken]
-            raise DuplicateJobError(
-                f"job id {ids[0]} is taken by another request; nothing of this call was enqueued", ids
-            )
+            raise DuplicateJobError(f"job id {ids[0]} is taken by another request", ids)
 
     def _shared_fields(self, settings: JobSettings) -> list[Any]:
         """The fields of RQ's job hash that all jobs of one call share: name, value, ..."""
@@ -357,6 +353,19 @@ def _check_distinct(job_ids: list[str]) -> None:
         seen: set[str] = set()
         twice = next(job_id for job_id in job_ids if job_id in seen or seen.add(job_id))  # type: ignore[func-returns-value]
         raise InvalidJobIdError(f"job id {twice} stands twice in job_ids")
+
+
+def _slices(texts: list[str]) -> Iterator[list[str]]:
+    """Consecutive slices for one job each, within TEXTS_PER_EMBED_JOB and MAX_JOB_CHARS; one empty for none."""
+    part: list[str] = []
+    chars = 0
+    for text in texts:
+        if part and (len(part) == TEXTS_PER_EMBED_JOB or chars + len(text) > MAX_JOB_CHARS):
+            yield part
+            part, chars = [], 0
+        part.append(text)
+        chars += len(text)
+    yield part
 
 
 def _chunks(requests: list[_Request]) -> Iterator[list[_Request]]:

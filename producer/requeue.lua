@@ -33,6 +33,8 @@ if ttl >= 1 then
 else
   redis.call('PERSIST', KEYS[1])
 end
+redis.call('PERSIST', KEYS[1] .. ':dependents')
+redis.call('PERSIST', prefix .. ':job::' .. id .. ':dependencies')
 redis.call('SADD', KEYS[2], prefix .. ':queue:' .. queue)
 redis.call(ARGV[4], prefix .. ':queue:' .. queue, id)
 return status

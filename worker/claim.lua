@@ -23,20 +23,35 @@ local BYTES_PER_TEXT = 8 -- so that a job of many empty texts, which compress to
 local prefix, worker, now, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local max_jobs, max_bytes, nonce = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 
-local function told(queue, id, execution, fields)
-  return {queue, id, execution, fields[2], fields[3] or ''}
+local function told(queue, id, execution, data, enqueued_at)
+  return {queue, id, execution, data, enqueued_at or ''}
+end
+
+-- The claims of the call before, whose reply was lost, in their order.
+local function tell_again()
+  local places, jobs = {}, {}
+  for _, pair in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+    local id, execution = string.match(pair, '^([^:]*):(.*)$')
+    if id and string.sub(execution, 1, #nonce + 1) == nonce .. '-' then
+      local queue = redis.call('HGET', prefix .. ':execution:' .. pair, 'queue')
+      local fields = redis.call('HMGET', prefix .. ':job:' .. id, 'status', 'data', 'enqueued_at')
+      if queue and fields[1] == 'started' then
+        local place = tonumber(string.sub(execution, #nonce + 2))
+        places[#places + 1] = place
+        jobs[place] = told(queue, id, execution, fields[2], fields[3])
+      end
+    end
+  end
+  table.sort(places)
+  local again = {0}
+  for _, place in ipairs(places) do
+    again[#again + 1] = jobs[place]
+  end
+  return again
 end
 
 if redis.call('GET', KEYS[4]) == nonce then
-  local again = {0}
-  for _, pair in ipairs(redis.call('SMEMBERS', KEYS[3])) do
-    local id, execution = string.match(pair, '^([^:]*):(.*)$')
-    if id and string.sub(execution, 1, #nonce) == nonce then
-      local fields = redis.call('HMGET', prefix .. ':job:' .. id, 'origin', 'data', 'enqueued_at')
-      again[#again + 1] = told(fields[1], id, execution, fields)
-    end
-  end
-  return again
+  return tell_again()
 end
 if redis.call('EXISTS', KEYS[1]) == 1 then
   return {1}
@@ -55,7 +70,7 @@ local function claim(queue, id)
   end
   local execution = nonce .. '-' .. #claimed
   local pair = id .. ':' .. execution
-  redis.call('HSET', prefix .. ':execution:' .. pair, 'id', execution, 'job_id', id, 'worker_name', worker,
+  redis.call('HSET', prefix .. ':execution:' .. pair, 'id', execution, 'job_id', id, 'worker_name', worker, 'queue', queue,
     'created_at', string.format('%.6f', started), 'last_heartbeat', string.format('%.6f', started))
   redis.call('EXPIRE', prefix .. ':execution:' .. pair, keep)
   redis.call('ZADD', prefix .. ':executions:' .. id, started + keep, execution)
@@ -65,7 +80,7 @@ local function claim(queue, id)
   redis.call('HSET', key, 'status', 'started', 'started_at', now, 'last_heartbeat', now, 'worker_name', worker,
     'origin', queue)
   redis.call('PERSIST', key)
-  claimed[#claimed + 1] = told(queue, id, execution, fields)
+  claimed[#claimed + 1] = told(queue, id, execution, fields[2], fields[3])
   bytes = bytes + math.max(#(fields[2] or ''), BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
 end
 

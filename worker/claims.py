@@ -57,6 +57,16 @@ class Renewed:
 
 
 @dataclass(frozen=True, slots=True)
+class Recovered:
+    """What one call of recover.lua did, in jobs."""
+
+    retried: int
+    failed: int
+    #: ids after which RQ has something to do
+    with_sequel: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one claim."""
 
@@ -84,6 +94,7 @@ class ClaimStore:
     def __init__(self, client: redis.Redis, worker_name: str, lease_s: float) -> None:
         self.worker_name = worker_name
         self.lease_s = lease_s
+        self._nonce = _fresh_nonce()
         package = __package__ or "embedq.worker"
         prelude = scripts.source(package, "common")
         self._claim = scripts.load(client, package, "claim", prelude)
@@ -105,10 +116,12 @@ class ClaimStore:
             ],
             args=[
                 *(keys.PREFIX, self.worker_name, format_time(now), self.lease_s, max_jobs, max_bytes),
-                os.urandom(12).hex(),
+                self._nonce,
                 *queues,
             ],
         )
+        # Only now: a call that raised may have claimed, and is told again under the same nonce.
+        self._nonce = _fresh_nonce()
         return Claimed([_read_claim(fields, now) for fields in reply[1:]], suspended=bool(reply[0]))
 
     def publish(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -134,21 +147,21 @@ class ClaimStore:
         )
         return Renewed([claims[place - 1] for place in lost], is_known=bool(is_known))
 
-    def recover(self, queue: str) -> tuple[int, list[str]]:
-        """Takes back abandoned jobs of a queue: how many are tried again, and the ids that failed for good."""
-        reason = JobFailedError(
-            "AbandonedJobError: a worker died with the job in hand and no retries were left",
-            code=JobFailedError.ABANDONED,
-            retryable=True,
-        )
-        requeued, *failed = self._recover(
+    def recover(self, queue: str) -> Recovered:
+        """Takes back the abandoned jobs of a queue."""
+        reason = JobFailedError.abandoned()
+        retried, failed, *with_sequel = self._recover(
             keys=[keys.started(queue)],
             args=[
                 *(keys.PREFIX, queue, _now(), FAILURE_TTL_S),
                 *(wire.encode_exc_string(reason), RECOVER_JOBS),
             ],
         )
-        return int(requeued), [job_id.decode() for job_id in failed]
+        return Recovered(retried, failed, [job_id.decode() for job_id in with_sequel])
+
+
+def _fresh_nonce() -> str:
+    return os.urandom(12).hex()
 
 
 def _read_claim(fields: Sequence[Any], now: datetime) -> Claim:

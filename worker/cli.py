@@ -24,6 +24,7 @@ from embedq.producer.errors import (
     EmbedqError,
     InvalidRequestError,
     JobNotFoundError,
+    PartialEnqueueError,
     QueueConnectionError,
     QueueServerError,
     ResultTimeoutError,
@@ -61,7 +62,8 @@ class CommandLineError(click.ClickException):
 
     def __init__(self, err: Exception) -> None:
         super().__init__(str(err))
-        self.error = err
+        # What stopped an enqueueing half-way says what kind of error it is.
+        self.error = err.__cause__ if isinstance(err, PartialEnqueueError) else err
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
@@ -85,8 +87,19 @@ class UsageLine(click.ClickException):
         click.echo(f"error: {message}; see {self.command} --help", file=file, err=True)
 
 
+def _usage_line(err: click.UsageError) -> click.ClickException:
+    """`embedq model` alone is no mistake: click answers it with the help."""
+    return err if isinstance(err, click.exceptions.NoArgsIsHelpError) else UsageLine(err)
+
+
 class ErrorGroup(click.Group):
     """Turns errors into one line, or with --debug into a traceback as well."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as err:
+            raise _usage_line(err) from err
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -96,7 +109,7 @@ class ErrorGroup(click.Group):
                 traceback.print_exc()
             raise CommandLineError(err) from err
         except click.UsageError as err:
-            raise UsageLine(err) from err
+            raise _usage_line(err) from err
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None

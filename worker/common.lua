@@ -47,8 +47,8 @@ local function put_back(prefix, queue, id, push)
   redis.call(push, prefix .. ':queue:' .. queue, id)
 end
 
--- One more attempt for a job that has retries left: at the tail of its queue, or, where RQ's Retry asked for an
--- interval, scheduled for later. False if none is left.
+-- One more attempt for a job that has retries left: at the tail of its queue ('queued'), or, where RQ's Retry asked
+-- for an interval, later ('scheduled'). False if none is left.
 local function try_again(prefix, queue, id)
   local key = prefix .. ':job:' .. id
   local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals')
@@ -63,17 +63,20 @@ local function try_again(prefix, queue, id)
     if interval > 0 then
       redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
       redis.call('ZADD', prefix .. ':scheduled:' .. queue, math.floor(clock()) + interval, id)
-      return true
+      return 'scheduled'
     end
   end
   put_back(prefix, queue, id, 'RPUSH')
-  return true
+  return 'queued'
+end
+
+local function has_rate_limit(prefix, id)
+  return redis.call('HEXISTS', prefix .. ':job:' .. id, 'rate_limit_key') == 1
 end
 
 -- Whether RQ has something to do after this job's end: other jobs depend on it, or it holds a slot of a rate limit.
 local function has_sequel(prefix, id)
-  return redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents') == 1
-    or redis.call('HEXISTS', prefix .. ':job:' .. id, 'rate_limit_key') == 1
+  return redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents') == 1 or has_rate_limit(prefix, id)
 end
 
 -- Ends a job as finished or failed: status, registry, result stream, times to live. fields: the stream entry's.

@@ -13,7 +13,8 @@
 --   +4  base64 of the result, or of the compressed reason
 --   +5  seconds of work
 --
--- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, and RQ has something to do after it.
+-- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, now or by the same call before, and RQ
+-- has something to do after it.
 
 local prefix, worker, now = ARGV[1], ARGV[2], ARGV[3]
 local result_ttl, failure_ttl = tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -28,7 +29,9 @@ end
 for i = 6, #ARGV, 6 do
   local outcome, queue, id, execution, payload = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   if not holds(prefix, queue, id, execution) then
-    replies[#replies + 1] = 0
+    local status = redis.call('HGET', prefix .. ':job:' .. id, 'status')
+    local has_ended = status == 'finished' or status == 'failed' or status == 'scheduled'
+    replies[#replies + 1] = has_ended and has_sequel(prefix, id) and 2 or 0
   else
     local ttls = redis.call('HMGET', prefix .. ':job:' .. id, 'result_ttl', 'failure_ttl')
     replies[#replies + 1] = has_sequel(prefix, id) and 2 or 1
@@ -36,13 +39,15 @@ for i = 6, #ARGV, 6 do
       local fields = entry(1, 'return_value', payload, id, execution)
       close_job(prefix, queue, id, 'finished', seconds(ttls[1], result_ttl), now, fields)
       successes = successes + 1
-    elseif outcome == 'retry' and try_again(prefix, queue, id) then
-      replies[#replies] = 1
-      failures = failures + 1
     else
-      local fields = entry(2, 'exc_string', payload, id, execution)
-      close_job(prefix, queue, id, 'failed', seconds(ttls[2], failure_ttl), now, fields)
       failures = failures + 1
+      local again = outcome == 'retry' and try_again(prefix, queue, id)
+      if again then
+        replies[#replies] = again == 'scheduled' and has_rate_limit(prefix, id) and 2 or 1
+      else
+        local fields = entry(2, 'exc_string', payload, id, execution)
+        close_job(prefix, queue, id, 'failed', seconds(ttls[2], failure_ttl), now, fields)
+      end
     end
     work_s = work_s + tonumber(ARGV[i + 5])
   end

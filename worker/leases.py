@@ -114,11 +114,11 @@ class LeaseKeeper:
     def recover(self) -> None:
         """One round over this worker's queues."""
         for queue in self._queues:
-            requeued, failed = self._store.recover(queue)
-            if requeued or failed:
+            recovered = self._store.recover(queue)
+            if recovered.retried or recovered.failed:
                 logger.warning(
                     "queue %s: the leases of dead workers ran out; %d jobs are tried again, %d failed",
-                    *(queue, requeued, len(failed)),
+                    *(queue, recovered.retried, recovered.failed),
                 )
-            if failed:
-                self._on_abandoned(queue, failed)
+            if recovered.with_sequel:
+                self._on_abandoned(queue, recovered.with_sequel)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -25,13 +26,15 @@ from embedq.producer.errors import ConfigurationError, EmbedqError
 from embedq.producer.queue import check_queue_name
 from embedq.worker import processes
 from embedq.worker.redis_server import RedisServer
-from embedq.worker.settings import WorkerSettings
+from embedq.worker.settings import ENVIRONMENT_PREFIX, WorkerSettings
 
 #: Seconds that a worker may take to load its model before it counts as stuck.
 WORKER_START_TIMEOUT_S = 120.0
 #: Seconds beyond the worker's own grace before it is killed.
 EXTRA_GRACE_S = 5.0
 WATCH_EVERY_S = 0.2
+#: Variables of ours that are no options.
+INHERITED_VARIABLES = ("EMBEDQ_CACHE", "EMBEDQ_MODEL_SOURCE")
 
 
 class WorkerProcess:
@@ -42,14 +45,15 @@ class WorkerProcess:
         self._queue = queue
         self._settings = settings
         self.log = log
+        self._name = f"local.{os.getpid()}.{secrets.token_hex(4)}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Returns once the worker takes jobs. Raises ConfigurationError with its last words if it ends instead."""
-        self._process = processes.start(self._command(), self.log)
+        self._process = processes.start(self._command(), self.log, _environment())
         deadline = time.monotonic() + WORKER_START_TIMEOUT_S
         with connect(self.url) as client:
-            while not any(worker.pid == self._process.pid for worker in fleet.look(client).workers):
+            while not any(worker.name == self._name for worker in fleet.look(client).workers):
                 self.check()
                 if time.monotonic() > deadline:
                     raise ConfigurationError(f"the worker was not ready within {WORKER_START_TIMEOUT_S:g} s")
@@ -67,12 +71,21 @@ class WorkerProcess:
             self._process = None
 
     def _command(self) -> list[str]:
-        command = [sys.executable, "-m", "embedq.worker.cli", "worker", self._queue, "--url", self.url]
+        command = [sys.executable, "-m", "embedq.worker.cli", "worker", "--url", self.url, "--name", self._name]
         for setting in fields(self._settings):
             value = getattr(self._settings, setting.name)
             if value is not None:
                 command += [f"--{setting.name.replace('_', '-')}", str(value)]
-        return command
+        return [*command, "--", self._queue]
+
+
+def _environment() -> dict[str, str]:
+    """All settings go by flags: what is set for commands typed here (EMBEDQ_BURST, ...) is not meant for the child."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in INHERITED_VARIABLES
+    }
 
 
 @contextmanager

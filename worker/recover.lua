@@ -9,10 +9,10 @@
 -- ARGV[5]  base64 of the compressed reason
 -- ARGV[6]  at most so many in one call
 --
--- Returns {number tried again, ids of the failed jobs...}.
+-- Returns {number tried again, number failed, ids of those after which RQ has something to do...}.
 
 local prefix, queue, now, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[6])
-local replies, left_alone, taken = {0}, 0, 0
+local replies, left_alone, taken = {0, 0}, 0, 0
 
 local function is_set(field)
   return field and field ~= ''
@@ -29,12 +29,19 @@ local function recover(id, execution)
   end
   local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
   if fields[1] == 'started' then
-    if try_again(prefix, queue, id) then
+    local again = try_again(prefix, queue, id)
+    if again then
       replies[1] = replies[1] + 1
+      if again == 'scheduled' and has_rate_limit(prefix, id) then
+        replies[#replies + 1] = id
+      end
     else
       local entry = {'type', 2, 'worker_name', worker, 'exc_string', ARGV[5]}
       close_job(prefix, queue, id, 'failed', seconds(fields[4], tonumber(ARGV[4])), now, entry)
-      replies[#replies + 1] = id
+      replies[2] = replies[2] + 1
+      if has_sequel(prefix, id) then
+        replies[#replies + 1] = id
+      end
     end
   end
   end_execution(prefix, queue, id, execution, worker)

@@ -61,12 +61,16 @@ class QueueWaiter:
                 if key not in self._waiting:
                     self._waiting[key] = self._send(key)
             # redis-py has no public way to wait for several connections; `_sock` is in every kind it has.
-            sockets = {connection._sock: key for key, connection in self._waiting.items()}
+            sockets = {connection._sock.fileno(): key for key, connection in self._waiting.items()}
             left_s = max(0.0, deadline - time.monotonic())
-            readable, _, _ = select.select([*sockets, self._wake_reader], [], [], left_s)
+            # Not select: it takes no descriptor above 1023.
+            poll = select.poll()
+            for descriptor in (*sockets, self._wake_reader):
+                poll.register(descriptor, select.POLLIN)
+            readable = [descriptor for descriptor, _ in poll.poll(left_s * 1000)]
             if not readable:
                 return
-            found = [self._receive(sockets[socket]) for socket in readable if socket in sockets]
+            found = [self._receive(sockets[descriptor]) for descriptor in readable if descriptor in sockets]
             if any(found) or self._wake_reader in readable:
                 self._drain()
                 return

@@ -7,15 +7,16 @@ ours. Knows the order of the steps and the signals; Redis is in `claims`, tensor
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 from rq import worker_registration
@@ -23,7 +24,7 @@ from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
 from rq.logutils import setup_loghandlers
-from rq.rate_limit import release_slot
+from rq.rate_limit import RateLimitRegistry, release_slot
 from rq.utils import now
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
@@ -31,6 +32,7 @@ from embedq.producer import wire
 from embedq.producer.connection import is_passing
 from embedq.producer.errors import ConfigurationError, JobFailedError, WireError
 from embedq.producer.serializer import EmbedSerializer
+from embedq.producer.status import JobStatus
 from embedq.worker.claims import Claim, ClaimStore, Outcome
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine, Work
@@ -40,6 +42,8 @@ from embedq.worker.settings import WorkerSettings
 from embedq.worker.waiting import QueueWaiter
 
 logger = logging.getLogger("embedq.worker")
+
+T = TypeVar("T")
 
 #: Seconds an idle worker sleeps at most before it looks after its registries and at `rq suspend`.
 IDLE_S = 15.0
@@ -102,9 +106,24 @@ class EmbedWorker(SimpleWorker):
         """
         self.settings = self._given_settings or WorkerSettings.from_environment()
         self._dequeue_strategy = dequeue_strategy
-        if with_scheduler:
-            # It forks, which must come before the encoder's threads.
-            self._start_scheduler(burst, logging_level, date_format, log_format)
+        with contextlib.ExitStack() as on_exit:
+            if with_scheduler:
+                # It forks, which must come before the encoder's threads.
+                self._start_scheduler(burst, logging_level, date_format, log_format)
+                on_exit.callback(self._stop_scheduler)
+            self._prepare()
+            on_exit.callback(self.waiter.close)
+            if not logging.getLogger("embedq").hasHandlers():
+                # `rq worker` sets up RQ's loggers alone.
+                setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
+            # Before anybody can see this worker and send it a signal.
+            on_exit.enter_context(self._own_signals())
+            on_exit.callback(self._leave)
+            self._register(logging_level, date_format, log_format)
+            self.leases.start()
+            return self._work(burst, max_jobs, max_idle_time) > 0
+
+    def _prepare(self) -> None:
         self.engine = Engine(load_encoder(self.settings), self.settings.max_batch_tokens, self.name)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
         self.store = ClaimStore(self.connection, self.name, self.settings.lease_s)
@@ -116,19 +135,16 @@ class EmbedWorker(SimpleWorker):
             on_forgotten=self._register_again,
         )
         self.waiter = QueueWaiter(self.connection, self.queue_keys())
-        if not logging.getLogger("embedq").hasHandlers():
-            # `rq worker` sets up RQ's loggers alone.
-            setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # Before anybody can see this worker and send it a signal.
+
+    @contextlib.contextmanager
+    def _own_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT are this worker's while the block runs."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self._install_signal_handlers()
         try:
-            self._register(logging_level, date_format, log_format)
-            self.leases.start()
-            return self._work(burst, max_jobs, max_idle_time) > 0
+            yield
         finally:
-            self._leave()
-            for number, handler in handlers.items():
+            for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _register(self, logging_level: str | None, date_format: str, log_format: str) -> None:
@@ -136,23 +152,30 @@ class EmbedWorker(SimpleWorker):
             self.bootstrap(logging_level, date_format, log_format)
         except ValueError as err:
             raise ConfigurationError(f"{err}; choose another --name") from err
-        self._announce()
+        encoder = self.engine.encoder
+        logger.info(
+            "worker %s serves %s on %s: queues %s, up to %d tokens a micro-batch, leases of %g s",
+            *(self.name, encoder.name, encoder.placement, ", ".join(self.queue_names())),
+            *(self.engine.max_batch_tokens, self.settings.lease_s),
+        )
 
     def _leave(self) -> None:
-        """Gives back what is claimed and unregisters; a Redis that is gone holds up nobody who was told to stop."""
+        """Gives back what is claimed and unregisters. A Redis that is gone does not hide why the worker ends."""
         try:
             self._release_held()
             self.leases.stop()
             if self.birth_date is not None:
                 self.teardown()
         except redis.RedisError as err:
-            if not self._stop_requested:
-                raise
             logger.warning("left without a word to Redis (%s); claimed jobs return when their leases end", err)
-        finally:
-            self.waiter.close()
-            if self._grace_timer is not None:
-                self._grace_timer.cancel()
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+
+    def _stop_scheduler(self) -> None:
+        """RQ stops it only with a worker that has registered."""
+        process: Any = self.scheduler and self.scheduler._process
+        if process and process.is_alive():
+            self.stop_scheduler()
 
     def _work(self, burst: bool, max_jobs: int | None, max_idle_s: float | None) -> int:
         """The loop; returns the number of jobs done."""
@@ -253,20 +276,24 @@ class EmbedWorker(SimpleWorker):
         if not outcomes:
             return
         self._tell_failures([outcome for outcome in outcomes if outcome.kind != "finished"])
-        give_up_at = time.monotonic() + self.settings.lease_s
-        while True:
-            try:
-                with_sequel = self.store.publish(outcomes)
-                break
-            except redis.RedisError as err:
-                if not is_passing(err) or time.monotonic() > give_up_at:
-                    raise
-                logger.warning("results of %d jobs wait for Redis: %s", len(outcomes), err)
-                time.sleep(RECONNECT_FIRST_S)
+        with_sequel = self._until_served(lambda: self.store.publish(outcomes), f"results of {len(outcomes)} jobs")
         self.leases.drop(outcome.claim for outcome in outcomes)
         self.successful_job_count += sum(outcome.kind == "finished" for outcome in outcomes)
         for outcome in with_sequel:
-            self._do_sequels(outcome.claim.queue, [outcome.claim.job_id])
+            claim = outcome.claim
+            self._until_served(functools.partial(self._do_sequels, claim.queue, [claim.job_id]), "what follows a job")
+
+    def _until_served(self, action: Callable[[], T], what: str) -> T:
+        """Calls until Redis serves, for the time of a lease; then raises redis-py's error."""
+        give_up_at = time.monotonic() + self.settings.lease_s
+        while True:
+            try:
+                return action()
+            except redis.RedisError as err:
+                if not is_passing(err) or time.monotonic() > give_up_at:
+                    raise
+                logger.warning("%s must wait for Redis: %s", what, err)
+                time.sleep(RECONNECT_FIRST_S)
 
     def _tell_failures(self, failed: Sequence[Outcome]) -> None:
         """One line however many fail at once; which ones they are is for debugging."""
@@ -301,20 +328,29 @@ class EmbedWorker(SimpleWorker):
     def _do_sequels(self, queue_name: str, job_ids: Sequence[str]) -> None:
         """RQ's own steps after a job's end: dependents onto their queues, the slot of a rate limit freed.
 
-        Safe after the commit. A job whose hash RQ cannot read has none, and must not end the worker.
+        Each may be done twice. A job that RQ cannot read must not end the worker.
         """
         queue = self.queue_class(queue_name, connection=self.connection, serializer=self.serializer)
         for job_id in job_ids:
-            try:
+            with self._errors_logged(f"what follows job {job_id}"):
                 job = Job.fetch(job_id, connection=self.connection, serializer=self.serializer)
-                queue.enqueue_dependents(job)
+                if job.get_status(refresh=False) in (JobStatus.FINISHED.value, JobStatus.FAILED.value):
+                    with self._errors_logged(f"the dependents of job {job_id}"):
+                        queue.enqueue_dependents(job)
                 release_slot(job)
-            except redis.RedisError:
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _errors_logged(what: str) -> Iterator[None]:
+        """For RQ's code over data that anybody may have written: only a Redis that cannot serve is an error of ours."""
+        try:
+            yield
+        except NoSuchJobError:
+            return
+        except Exception as err:
+            if isinstance(err, redis.RedisError) and is_passing(err):
                 raise
-            except NoSuchJobError:
-                continue
-            except Exception:
-                logger.exception("what follows job %s could not be done", job_id)
+            logger.exception("%s could not be done", what)
 
     # --- being idle, being an RQ worker
 
@@ -325,13 +361,8 @@ class EmbedWorker(SimpleWorker):
             self._maintain()
 
     def _maintain(self) -> None:
-        """RQ's maintenance; one job that RQ cannot read must not end the worker."""
-        try:
+        with self._errors_logged("maintenance"):
             self.run_maintenance_tasks()
-        except redis.RedisError:
-            raise
-        except Exception:
-            logger.exception("maintenance failed; the next round is in %d s", self.maintenance_interval)
         self.last_cleaned_at = now()  # type: ignore[assignment]
 
     def clean_registries(self) -> None:
@@ -345,6 +376,8 @@ class EmbedWorker(SimpleWorker):
                 queue.finished_job_registry.cleanup()
                 queue.failed_job_registry.cleanup()
                 queue.ready_job_registry.cleanup()
+                for rate_limit in RateLimitRegistry.all(queue.connection):
+                    rate_limit.cleanup()
                 worker_registration.clean_worker_registry(queue)
                 queue.release_maintenance_lock()
 
@@ -383,14 +416,6 @@ class EmbedWorker(SimpleWorker):
             pipeline.expire(self.key, self.worker_ttl + 60)
             pipeline.execute()
 
-    def _announce(self) -> None:
-        encoder = self.engine.encoder
-        logger.info(
-            "worker %s serves %s on %s: queues %s, up to %d tokens a micro-batch, leases of %g s",
-            *(self.name, encoder.name, encoder.placement, ", ".join(self.queue_names())),
-            *(self.engine.max_batch_tokens, self.settings.lease_s),
-        )
-
     def subscribe(self) -> None:
         """As RQ's, with a thread that ends in a quarter of a second instead of a whole one."""
         pubsub = self.pubsub = self.connection.pubsub()
@@ -420,10 +445,13 @@ class EmbedWorker(SimpleWorker):
         last_words = threading.Thread(target=self._say_last_words, daemon=True)
         last_words.start()
         last_words.join(LAST_WORDS_S)
+        scheduler: Any = self.scheduler and self.scheduler._process
+        if scheduler:
+            scheduler.terminate()
         logging.shutdown()
         os._exit(EXIT_GRACE_OVER)
 
     def _say_last_words(self) -> None:
-        with contextlib.suppress(redis.RedisError):
+        with contextlib.suppress(Exception):
             self._release_held()
             self.register_death()

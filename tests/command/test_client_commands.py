@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from embedq.producer import EmbedQueue, JobStatus, formats, keys
+from embedq.producer import EmbedQueue, JobStatus, QueueConnectionError, formats, keys
 from embedq.worker.cli import main
 from tests.conftest import Drain, until
 
@@ -152,13 +152,13 @@ def test_info_shows_queues_and_workers_without_changing_anything(embedq: Shell, 
         (["embed", "x", "--timeout", "0.05"], 4, "error: 1 texts took more than 0.05 s"),
         (["enqueue", "x", "--queue", ""], 2, "error: the queue's name must be a string that is not empty"),
         (["enqueue", "x", "--prompt", "\udcff"], 2, "error: prompt is not Unicode"),
-        (["enqueue", "x", "--url", "redis://[::1"], 2, "error: the Redis URL 'redis://[::1' cannot be read"),
+        (["enqueue", "x", "--url", "redis://[::1"], 2, "error: the Redis URL redis://... cannot be read"),
         (["up", "--port", "99999", "--model", "noop:8"], 2, "error: port 99999 is no port"),
         (["worker", ""], 2, "error: the queue's name must be a string that is not empty"),
         (["enqueue", "x", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
         (["info", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
         (["worker", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
-        (["enqueue", "x", "--url", "http://h"], 2, "error: 'http://h' is no Redis URL; write redis://"),
+        (["enqueue", "x", "--url", "http://h"], 2, "error: http://... is no Redis URL; write redis://"),
         (["worker", "--lease-s", "0"], 2, "error: lease_s must be 1 to 86400"),
         (["worker", "--model", "noop:0"], 6, "error: noop:0"),
         (["worker", "--model", "./no/such/folder"], 6, "error: "),
@@ -233,6 +233,36 @@ def test_a_full_disk_leaves_the_old_file_as_it_was(
     assert "No space left on device" in shown.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["v.npy"]
     assert file.read_bytes() == b"old"
+
+
+def test_a_group_without_a_command_shows_its_help(embedq: Shell) -> None:
+    shown = embedq("model")
+    assert "fetch" in shown.output
+    assert len(shown.output.splitlines()) > 5
+
+
+def test_an_unknown_option_before_the_command_is_one_line_too(embedq: Shell) -> None:
+    shown = embedq("--bogus")
+    assert shown.exit_code == 2
+    assert one_line(shown).startswith("error: No such option")
+
+
+def test_a_half_done_enqueueing_prints_the_ids_that_got_through(
+    embedq: Shell, queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, calls = EmbedQueue._push, []
+
+    def breaks_later(self: EmbedQueue, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise QueueConnectionError("gone")
+        push(self, *args)
+
+    monkeypatch.setattr("embedq.producer.queue.CHUNK_JOBS", 2)
+    monkeypatch.setattr(EmbedQueue, "_push", breaks_later)
+    shown = embedq("enqueue", "a", "b", "c")
+    assert shown.exit_code == 5
+    assert [status.value for status in queue.statuses(shown.stdout.split()).values() if status] == ["queued"] * 2
 
 
 def test_debug_shows_the_traceback_too(embedq: Shell) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import redis
 from rq.job import Job
 
 from embedq.producer import EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
-from embedq.worker.claims import Claim, ClaimStore, Outcome
+from embedq.worker.claims import Claim, ClaimStore, Outcome, Recovered
 
 LEASE_S = 30.0
 MANY = 10**9
@@ -148,7 +150,7 @@ def test_a_worker_that_lost_its_hold_changes_nothing(queue: EmbedQueue, store: C
     [old] = claim(store)
     queue._redis.zadd(keys.started("embed"), {f"{job.id}:{old.execution_id}": 1})  # the lease ran out
     other = ClaimStore(queue._client, "w2", LEASE_S)
-    assert other.recover("embed") == (1, [])
+    assert other.recover("embed") == Recovered(1, 0, [])
     [new] = claim(other)
     assert store.renew([old], 60).lost == [old]
     store.publish([done(old)])
@@ -208,8 +210,8 @@ def test_abandoned_jobs_wait_again_until_their_retries_are_used_up(queue: EmbedQ
     again, last = queue.enqueue("a", retries=1), queue.enqueue("b", retries=0)
     for claimed in claim(store):
         queue._redis.zadd(keys.started("embed"), {f"{claimed.job_id}:{claimed.execution_id}": 1})
-    assert store.recover("embed") == (1, [last.id])
-    assert store.recover("embed") == (0, [])
+    assert store.recover("embed") == Recovered(1, 1, [])
+    assert store.recover("embed") == Recovered(0, 0, [])
     assert again.status() is JobStatus.QUEUED
     with pytest.raises(JobFailedError, match="a worker died with the job in hand") as caught:
         last.result(timeout=0)
@@ -224,7 +226,7 @@ def test_a_living_lease_and_a_job_with_callbacks_are_left_alone(queue: EmbedQueu
     fields = {"status": "started", "failure_callback_name": "os.getpid", "data": "x", "retries_left": "3"}
     queue._redis.hset(keys.job("theirs"), mapping=fields)
     queue._redis.zadd(keys.started("embed"), {"theirs:0123abcd": 1, "no-pair": 1})
-    assert store.recover("embed") == (0, [])
+    assert store.recover("embed") == Recovered(0, 0, [])
     assert queue._redis.zcard(keys.started("embed")) == 3
 
 
@@ -233,7 +235,7 @@ def test_jobs_left_alone_do_not_hide_those_behind_them(queue: EmbedQueue, store:
     job = queue.enqueue("text")
     [claimed] = claim(store)
     queue._redis.zadd(keys.started("embed"), {**abandoned, f"{job.id}:{claimed.execution_id}": 1000})
-    assert store.recover("embed") == (1, [])
+    assert store.recover("embed") == Recovered(1, 0, [])
 
 
 def test_a_dead_stock_workers_job_is_taken_back_too(queue: EmbedQueue, store: ClaimStore) -> None:
@@ -241,21 +243,41 @@ def test_a_dead_stock_workers_job_is_taken_back_too(queue: EmbedQueue, store: Cl
     queue._redis.lpop(keys.queue("embed"))
     queue._redis.hset(keys.job(job.id), "status", "started")
     queue._redis.zadd(keys.started("embed"), {f"{job.id}:0123abcd": 1})
-    assert store.recover("embed") == (1, [])
+    assert store.recover("embed") == Recovered(1, 0, [])
     assert job.status() is JobStatus.QUEUED
 
 
-def test_a_claim_whose_reply_was_lost_is_told_again(
+def test_a_claim_whose_reply_was_lost_is_told_again_in_its_order(
     queue: EmbedQueue, store: ClaimStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = queue.enqueue_many(["a", "b", "c"])
-    monkeypatch.setattr("embedq.worker.claims.os.urandom", lambda _size: b"same nonce")
-    first = claim(store, max_jobs=2)
-    again = claim(store, max_jobs=2)
-    assert sorted(c.job_id for c in again) == sorted(job.id for job in jobs[:2])
-    assert {(c.job_id, c.execution_id, c.data) for c in again} == {(c.job_id, c.execution_id, c.data) for c in first}
+    jobs = queue.enqueue_many([str(number) for number in range(20)])
+    script = store._claim
+
+    def loses_the_reply(**call: Any) -> None:
+        script(**call)
+        raise redis.ConnectionError("gone")
+
+    monkeypatch.setattr(store, "_claim", loses_the_reply)
+    for _ in range(2):
+        with pytest.raises(redis.ConnectionError):
+            claim(store, max_jobs=15)
     monkeypatch.undo()
-    assert [c.job_id for c in claim(store)] == [jobs[2].id]
+    queue._redis.delete(keys.job(jobs[3].id))  # meanwhile
+    told = claim(store, max_jobs=15)
+    assert [c.job_id for c in told] == [job.id for job in jobs[:15] if job != jobs[3]]
+    assert {c.queue for c in told} == {"embed"}
+    store.publish([done(c) for c in told])
+    assert [c.job_id for c in claim(store)] == [job.id for job in jobs[15:]]
+
+
+def test_what_follows_a_job_is_told_again_after_a_lost_reply(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    queue._redis.sadd(keys.dependents(job.id), "another")
+    outcome = done(claim(store)[0])
+    assert store.publish([outcome]) == [outcome]
+    assert store.publish([outcome]) == [outcome]
+    queue._redis.delete(keys.dependents(job.id))
+    assert store.publish([outcome]) == []
 
 
 def test_many_texts_that_compress_to_nothing_fill_a_claim_too(queue: EmbedQueue, store: ClaimStore) -> None:

@@ -115,6 +115,13 @@ def test_embed_waits_and_joins_several_jobs(queue: EmbedQueue, drain: Drain, url
     np.testing.assert_allclose(found[0].vectors[149], vector(texts[149]), atol=1e-7)
 
 
+def test_embed_splits_what_is_too_much_for_one_job(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "MAX_JOB_CHARS", 100)
+    slices = list(queue_module._slices(["x" * 60, "y" * 30, "z" * 20, *"ab"]))
+    assert [len(part) for part in slices] == [2, 3]
+    assert list(queue_module._slices([])) == [[]]
+
+
 def test_embed_that_times_out_leaves_nothing_waiting(queue: EmbedQueue) -> None:
     with pytest.raises(ResultTimeoutError, match=r"130 texts took more than 0.05 s; what still waited is canceled"):
         queue.embed([str(number) for number in range(130)], timeout=0.05)

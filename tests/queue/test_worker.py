@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import redis
-from rq import Callback, Queue
+from rq import Callback, Queue, Retry
 from rq.job import Job
 from rq.rate_limit import RateLimit
 
@@ -22,7 +22,7 @@ from embedq.model import NoopEncoder
 from embedq.producer import ConfigurationError, EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.producer.connection import connect
 from embedq.worker import EmbedWorker, WorkerSettings
-from embedq.worker.claims import Renewed
+from embedq.worker.claims import Recovered, Renewed
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.redis_server import RedisServer
 from embedq.worker.waiting import QueueWaiter
@@ -223,6 +223,17 @@ def test_callbacks_that_a_job_names_are_not_called(queue: EmbedQueue, drain: Dra
     assert (good.get_status(), bad.get_status(), abandoned.get_status()) == ("finished", "failed", "started")
 
 
+def test_a_retry_that_is_scheduled_frees_the_slot_of_its_rate_limit(queue: EmbedQueue, drain: Drain) -> None:
+    theirs = Queue("embed", connection=queue._client, serializer=EmbedSerializer)
+    options: dict[str, Any] = {"rate_limit": RateLimit("slots", concurrency=1), "retry": Retry(max=1, interval=600)}
+    first, second = (theirs.enqueue("embedq.worker.tasks.embed", kwargs={"texts": [text]}, **options) for text in "ab")
+    queue._redis.lrem(keys.queue("embed"), 0, first.id)
+    queue._redis.hset(keys.job(first.id), "status", "started")
+    queue._redis.zadd(keys.started("embed"), {f"{first.id}:0123": 1})
+    until(lambda: drain() and second.get_status() == "finished")
+    assert first.get_status() == "scheduled"
+
+
 def test_jobs_under_a_rate_limit_free_their_slots(queue: EmbedQueue, drain: Drain) -> None:
     theirs = Queue("embed", connection=queue._client, serializer=EmbedSerializer)
     limit = RateLimit("slots", concurrency=1)
@@ -360,13 +371,14 @@ def make_replica(server: Any, begin: bool) -> None:
 def test_a_redis_that_refuses_for_a_while_costs_no_job(
     queue: EmbedQueue, start: Start, fault: Callable[[Any, bool], None]
 ) -> None:
+    idle = start("other")
     jobs = queue.enqueue_many([f"text {n}" for n in range(2_000)])
     worker = start("--max-batch-tokens", "8", "--max-claim-jobs", "500")
-    until(lambda: finished(queue) > 5)
+    until(lambda: finished(queue) > 5 and workers(queue) == 2)
     fault(queue._redis, True)
     try:
         time.sleep(1.0)
-        assert worker.process.poll() is None
+        assert worker.process.poll() is idle.process.poll() is None
     finally:
         fault(queue._redis, False)
     until(lambda: finished(queue) == len(jobs), timeout_s=30)
@@ -427,8 +439,8 @@ def test_the_lease_thread_survives_any_error() -> None:
                 raise redis.ConnectionError("away")
             return Renewed([], is_known=True)
 
-        def recover(self, _queue: str) -> tuple[int, list[str]]:
-            return 0, []
+        def recover(self, _queue: str) -> Recovered:
+            return Recovered(0, 0, [])
 
     store: Any = Store()
     leases = LeaseKeeper(store, ["embed"], 60, on_abandoned=lambda *_: None, on_forgotten=lambda: None)
@@ -539,6 +551,23 @@ def test_a_wrong_password_ends_the_worker_with_one_line(queue: EmbedQueue, url: 
     assert status == 5
     assert output.startswith("error: Redis at ")
     assert len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("trouble", [{"EMBEDQ_MODEL": "noop:0"}, {}])
+def test_a_worker_that_cannot_start_leaves_no_scheduler(
+    queue: EmbedQueue, start: Start, url: str, trouble: dict[str, str]
+) -> None:
+    start("--name", "twin")
+    until(lambda: workers(queue))
+    rq = str(Path(sys.executable).parent / "rq")
+    command = [rq, "worker", "--url", url, "--worker-class", "embedq.worker.EmbedWorker", "--with-scheduler"]
+    shown = subprocess.run(
+        [*command, "--name", "twin", "embed"],
+        env={**os.environ, "EMBEDQ_MODEL": "noop:8", **trouble},
+        capture_output=True,
+        timeout=60,
+    )
+    assert shown.returncode == 1  # it does not wait for its child for ever
 
 
 def test_a_name_that_a_live_worker_has_is_refused_with_one_line(queue: EmbedQueue, start: Start) -> None:
