@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -23,30 +24,75 @@ from embedq.model.errors import ModelDownloadError
 from embedq.model.manifest import MANIFEST_FILE, Manifest, read_manifest
 from embedq.model.progress import Progress
 
+#: What a path that cannot be made or written raises, as against a network's errors.
+UNWRITABLE: Final = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO),
+        *(errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    }
+)
 LOCK_FILE: Final = ".lock"
 SCRATCH_PREFIX: Final = ".fetching-"
+#: Of a commit, that they may stand for the whole; fewer may be a tag or a branch.
+COMMIT_PREFIX: Final = re.compile("[0-9a-f]{7,40}")
 MEGABYTE: Final = 1_000_000
 
 
 def cache_root() -> Path:
     """EMBEDQ_CACHE, else the user's cache folder + /embedq."""
     if chosen := os.environ.get("EMBEDQ_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "embedq"
+        return _expanded(chosen)
+    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "embedq"
+
+
+def _expanded(folder: str) -> Path:
+    try:
+        return Path(folder).expanduser().absolute()
+    except RuntimeError as err:
+        raise ModelDownloadError(
+            f"the cache {folder} is in a home folder there is not: set EMBEDQ_CACHE to a whole path"
+        ) from err
 
 
 def find_cached(name: str, revision: str | None = None) -> Manifest | None:
-    """The newest complete copy of `name` whose revision begins with `revision`; sizes are compared."""
+    """The newest complete copy of `name` at `revision`, a commit or its beginning; sizes are compared."""
     folder = _model_folder(name)
-    manifests = sorted(folder.glob(f"*/{MANIFEST_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in manifests:
-        if path.parent.name.startswith(SCRATCH_PREFIX):
-            continue
+    for path in sorted(_glob(folder, f"*/{MANIFEST_FILE}"), key=_modified_at, reverse=True):
         manifest = read_manifest(path.parent)
-        if manifest and manifest.revision.startswith(revision or "") and manifest.sizes_match():
+        if manifest and _is_revision(manifest.revision, revision) and manifest.sizes_match():
             return manifest
     return None
+
+
+def find_by_folder(folder: Path) -> Manifest | None:
+    """What we recorded of a folder, ours or the hub's cache's; its files may have changed since."""
+    wanted = folder.resolve()
+    for path in _glob(cache_root() / "models", f"*/*/{MANIFEST_FILE}"):
+        manifest = read_manifest(path.parent)
+        if manifest and manifest.folder.resolve() == wanted:
+            return manifest
+    return None
+
+
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return list(folder.glob(pattern))
+    except OSError:
+        # A cache that cannot be read holds nothing; whoever wants to write it hears why.
+        return []
+
+
+def _modified_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_revision(revision: str, wanted: str | None) -> bool:
+    if not wanted or revision == wanted:
+        return True
+    return COMMIT_PREFIX.fullmatch(wanted) is not None and revision.startswith(wanted)
 
 
 @contextmanager
@@ -112,7 +158,7 @@ def disk_errors(folder: Path, setting: str = "EMBEDQ_CACHE") -> Iterator[None]:
         hint = f"set {setting} to a folder on another disk"
         if is_disk_full(err):
             raise ModelDownloadError(f"no space left in {folder}: free some, or {hint}") from err
-        if err.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO}:
+        if err.errno in UNWRITABLE:
             raise ModelDownloadError(f"cannot write {folder} ({err.strerror}): {hint}") from err
         raise
 

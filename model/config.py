@@ -18,6 +18,8 @@ HIDDEN_ACT = "gelu"
 REFERENCE_NUM_BUCKETS = 32
 #: The token that has no position of its own, in fairseq's dictionary and hard-coded in transformers' MPNetModel.
 PADDING_ID = 1
+#: Beyond this distance all offsets share one bucket; a constant in the reference too.
+MAX_DISTANCE = 128
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,11 @@ class MPNetConfig:
             )
         if self.max_length < 1:
             raise ModelFormatError(f"max_position_embeddings {self.max_position_embeddings} leaves no room for a token")
+        if self.relative_attention_num_buckets // 4 >= MAX_DISTANCE:
+            raise ModelFormatError(
+                f"relative_attention_num_buckets must be below {4 * MAX_DISTANCE},"
+                f" not {self.relative_attention_num_buckets}"
+            )
         if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 2:
             raise ModelFormatError(
                 f"relative_attention_num_buckets must be even and 4 or more, not {self.relative_attention_num_buckets}"

@@ -33,7 +33,7 @@ class TokenizedText:
 class Encoder(Protocol):
     """Texts to vectors in three steps, so that a pipeline can run them on different threads.
 
-    `tokenize` holds no lock of Python's for long, `encode` is the device's part, `postprocess` is numpy only.
+    `tokenize` holds no lock of Python's for long, `encode_tokens` is the device's part, `postprocess` is numpy only.
     """
 
     @property

@@ -4,6 +4,7 @@
     ├── ModelSourceError          the model could not be had
     │   ├── ModelNotFoundError    no folder, hub model or packaged model has that name
     │   ├── ModelDownloadError    the network, the registry or the disk refused            (retryable)
+    │   │   └── hub.HubUnreachableError   no answer of a hub, or a transfer that broke off
     │   └── ModelIntegrityError   a file's SHA-256 is not the published one
     ├── ModelFormatError          a file of the model folder is missing or cannot be read
     │   └── WeightsError          tensors missing, unexpected or of another shape

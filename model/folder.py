@@ -6,6 +6,7 @@ Knows no model: what the fields mean is said where they are read.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +21,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError as err:
         raise ModelFormatError(f"{path} is missing: is this the folder of a whole model?") from err
-    except (ValueError, OSError) as err:
-        # ValueError: broken JSON and broken UTF-8 alike.
+    except (ValueError, OSError, RecursionError) as err:
+        # ValueError: broken JSON and broken UTF-8 alike; RecursionError: lists in lists in lists.
         raise ModelFormatError(f"{path} cannot be read as JSON: {err}; fetch the file again") from err
 
 
@@ -42,9 +43,20 @@ def require(content: dict[str, Any], field: str, kind: type[T], path: Path) -> T
     if field not in content:
         raise ModelFormatError(f"{path}: field {field!r} is missing")
     value = content[field]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return kind(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return kind(_finite(value, field, path))
     # bool is an int to isinstance, but no size.
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ModelFormatError(f"{path}: field {field!r} must be {kind.__name__}, not {value!r}")
     return value
+
+
+def _finite(value: float, field: str, path: Path) -> float:
+    """JSON has no infinity and no limit to its digits; Python's reader takes both."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ModelFormatError(f"{path}: field {field!r} must be a finite number")
+    return number

@@ -1,13 +1,14 @@
 """Models from the hub, through huggingface_hub: its cache, token, endpoint and offline switch are honoured.
 
 Adds three things to `snapshot_download`: whether the hub can be reached is known within seconds, its many
-exceptions become one line each, and the large files are compared with the SHA-256 the hub publishes. Knows
+exceptions become one line each, and the hashes the hub publishes are handed on for comparison. Knows
 nothing of the package index, and imports huggingface_hub on first use only.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,10 @@ IGNORE_PATTERNS: Final = ["onnx/*", "openvino/*"]
 PROBE_TIMEOUT_S: Final = 4.0
 PROBE_DEADLINE_S: Final = 6.0
 TRUE_WORDS: Final = {"1", "ON", "YES", "TRUE"}
+#: huggingface_hub knows both, the second from older programs.
+OFFLINE_SETTINGS: Final = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+#: Of git's name for a blob, a SHA-1; a SHA-256 has 64.
+GIT_ID_DIGITS: Final = 40
 
 T = TypeVar("T")
 
@@ -38,7 +43,10 @@ class HubUnreachableError(ModelDownloadError):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A model in huggingface_hub's cache; `published` holds the SHA-256 that the hub states, by path."""
+    """A model in huggingface_hub's cache; `published` holds what the hub stated in this very call.
+
+    By path: the SHA-256 of a large file, git's blob id of a small one.
+    """
 
     path: Path
     commit: str
@@ -47,13 +55,14 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
+    commit: str | None
     sizes: dict[str, int]
     published: dict[str, str]
 
 
 def is_offline() -> bool:
-    """HF_HUB_OFFLINE, read at the call and not at an import."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in TRUE_WORDS
+    """As huggingface_hub says, but read at the call and not at an import."""
+    return any(os.environ.get(name, "").upper() in TRUE_WORDS for name in OFFLINE_SETTINGS)
 
 
 def cached_snapshot(repo_id: str, revision: str | None) -> Snapshot | None:
@@ -63,18 +72,44 @@ def cached_snapshot(repo_id: str, revision: str | None) -> Snapshot | None:
         path = Path(_download(hub, repo_id, revision, local_files_only=True))
     except (OSError, ValueError):
         return None
-    return Snapshot(path, path.name) if any(path.rglob("*.safetensors")) else None
+    return Snapshot(path, path.name) if _is_whole(path) else None
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether the weights are all there: a transfer that broke off leaves a snapshot too."""
+    try:
+        shards = {
+            index.parent / name
+            for index in snapshot.rglob("*.safetensors.index.json")
+            for name in json.loads(index.read_bytes())["weight_map"].values()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return any(snapshot.rglob("*.safetensors")) and all(shard.exists() for shard in shards)
 
 
 def fetch_snapshot(repo_id: str, revision: str | None, progress: Progress) -> Snapshot:
-    """Download what is missing of `repo_id`.
+    """Download what is missing of `repo_id`; where no hub answers, what its cache holds.
 
     Raises ModelNotFoundError (no such model or revision, or no access to it), ModelFormatError (no weights in
     safetensors), HubUnreachableError (no answer, or the transfer broke off), ModelDownloadError (no space).
     """
     hub = _import_hub()
+    try:
+        with _one_line_errors(hub, repo_id, revision):
+            listing = _within(PROBE_DEADLINE_S, lambda: _list_files(hub, repo_id, revision))
+    except HubUnreachableError:
+        if snapshot := cached_snapshot(repo_id, revision):
+            progress.note("the model hub cannot be reached: using the copy in its cache")
+            return snapshot
+        raise
+    return _fetch_listed(hub, repo_id, revision, listing, progress)
+
+
+def _fetch_listed(
+    hub: ModuleType, repo_id: str, revision: str | None, listing: _Listing, progress: Progress
+) -> Snapshot:
     with _one_line_errors(hub, repo_id, revision):
-        listing = _within(PROBE_DEADLINE_S, lambda: _list_files(hub, repo_id, revision))
         if not any(path.endswith(".safetensors") for path in listing.sizes):
             raise ModelFormatError(
                 f"{repo_id} has no .safetensors weights on the hub, and no other kind is loaded:"
@@ -88,7 +123,8 @@ def fetch_snapshot(repo_id: str, revision: str | None, progress: Progress) -> Sn
         with _bars_hidden(hub), watching(lambda: min(folder_bytes(folder / "blobs"), total_bytes), progress):
             path = Path(_download(hub, repo_id, revision, local_files_only=False))
         progress.update(total_bytes)
-    return Snapshot(path, path.name, listing.published)
+    # A branch may have moved on between the two requests: then the hashes are another commit's.
+    return Snapshot(path, path.name, listing.published if listing.commit in {None, path.name} else {})
 
 
 def _import_hub() -> ModuleType:
@@ -109,9 +145,11 @@ def _list_files(hub: ModuleType, repo_id: str, revision: str | None) -> _Listing
     api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
     info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=PROBE_TIMEOUT_S)
     wanted = [entry for entry in info.siblings or [] if _is_wanted(entry.rfilename)]
+    published = {entry.rfilename: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id for entry in wanted}
     return _Listing(
+        commit=info.sha,
         sizes={entry.rfilename: entry.size or 0 for entry in wanted},
-        published={entry.rfilename: entry.lfs.sha256 for entry in wanted if entry.lfs is not None},
+        published={path: digest for path, digest in published.items() if digest},
     )
 
 

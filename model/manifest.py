@@ -59,14 +59,20 @@ def read_manifest(folder: Path) -> Manifest | None:
         if document["format"] != MANIFEST_FORMAT:
             return None
         return Manifest(
-            name=document["name"],
-            revision=document["revision"],
-            source=document["source"],
+            name=_text(document["name"]),
+            revision=_text(document["revision"]),
+            source=_text(document["source"]),
             folder=Path(document["folder"]) if document["folder"] else folder,
             files={path: FileRecord(**record) for path, record in document["files"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"must be a string, not {value!r}")
+    return value
 
 
 def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
@@ -78,6 +84,12 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
             if on_bytes:
                 on_bytes(len(chunk))
     return digest.hexdigest()
+
+
+def git_blob_id(path: Path) -> str:
+    """What git calls a file's content, and a hub publishes for small files; reads it whole."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0%s" % (len(content), content), usedforsecurity=False).hexdigest()
 
 
 def _size(path: Path) -> int | None:

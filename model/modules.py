@@ -6,6 +6,7 @@ today. Knows file and field names; no tensors. A bare transformers folder is mea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -143,7 +144,7 @@ def _dense(folder: Path) -> DenseConfig:
         raise ModelFormatError(f"{path}: use_residual is not supported")
     # Tanh is what sentence-transformers takes when the field is missing.
     stored = content.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if stored not in ACTIVATIONS:
+    if not isinstance(stored, str) or stored not in ACTIVATIONS:
         raise ModelFormatError(
             f"{path}: activation_function {stored!r} is not supported: only {', '.join(ACTIVATIONS)}"
         )
@@ -173,7 +174,7 @@ def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
     # Releases write null for names they know and the model has no prompt for.
     prompts = {name: text for name, text in stored.items() if isinstance(text, str)}
     default = content.get("default_prompt_name")
-    if default is not None and default not in stored:
+    if default is not None and (not isinstance(default, str) or default not in stored):
         raise ModelFormatError(f"{path}: default_prompt_name {default!r} is not among the prompts")
     return prompts, default if default in prompts else None
 
@@ -191,5 +192,7 @@ def _text_limits(transformer: Path) -> tuple[int | None, bool]:
 
 def _tokenizer_max_length(transformer: Path) -> int | None:
     value = read_optional_json_object(transformer / "tokenizer_config.json").get("model_max_length")
-    # transformers writes int(1e30) for "no limit".
-    return int(value) if isinstance(value, int | float) and value >= 1 else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # transformers writes int(1e30) for "no limit", others Infinity.
+    return int(value) if 1 <= value < math.inf else None

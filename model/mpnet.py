@@ -16,13 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from embedq.model.config import MPNetConfig
+from embedq.model.config import MAX_DISTANCE, MPNetConfig
 from embedq.model.linear import Linear
 from embedq.model.packing import Group, Packed, plan_groups
 from embedq.model.weights import Checkpoint
-
-#: Beyond this distance all offsets share one bucket; a constant in the reference too.
-MAX_DISTANCE = 128
 
 Shapes = dict[str, tuple[int, ...]]
 

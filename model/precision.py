@@ -58,8 +58,8 @@ def quantize(vectors: NDArray[np.float32], precision: Precision) -> NDArray[np.g
     highest bit first. binary: the same minus 128, as int8.
     """
     if precision == "float32":
-        # A view of a wider array would keep all of it alive.
-        return np.ascontiguousarray(vectors, dtype=np.float32)
+        # A view of a wider array would keep all of it alive, and a single row of it passes for contiguous.
+        return vectors.copy()
     if precision == "float16":
         return vectors.astype(np.float16)
     if precision == "ubinary":

@@ -7,19 +7,22 @@ package index. Knows the order and the names; `hub`, `package_index` and `cache`
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from embedq.model import cache, hub, package_index
 from embedq.model.errors import ModelDownloadError, ModelIntegrityError, ModelNotFoundError, ModelOptionError
-from embedq.model.known_files import ALL_MPNET_BASE_V2, ALL_MPNET_BASE_V2_FILES, WEIGHTS_FILE
-from embedq.model.manifest import FileRecord, Manifest, read_manifest, sha256_of
+from embedq.model.known_files import ALL_MPNET_BASE_V2
+from embedq.model.manifest import FileRecord, Manifest, git_blob_id, sha256_of
 from embedq.model.progress import Progress, SilentProgress
 
 #: What a name without a slash is short for.
 DEFAULT_ORG: Final = "sentence-transformers"
 SOURCES: Final = ("auto", "hub", "index")
+#: Above every name a hub allows and below what a file system takes.
+MAX_NAME_CHARS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,21 @@ def resolve_model(
     """The folder of `model`, fetched and verified if it is not there yet.
 
     `model` is a folder (absolute, beginning with `.` or `~`, or existing) or a name (`all-mpnet-base-v2`,
-    `org/name`). `offline` None means what HF_HUB_OFFLINE says. EMBEDQ_MODEL_SOURCE may be `hub` or `index`.
+    `org/name`). `offline` None means what HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE says. EMBEDQ_MODEL_SOURCE may be
+    `hub` or `index`.
     Raises ModelNotFoundError, ModelDownloadError, ModelIntegrityError, ModelFormatError.
     """
     progress = progress or SilentProgress()
+    if not model.strip():
+        # Path("") is the current folder, which nobody meant.
+        raise ModelNotFoundError("the model's name is empty: give a name such as all-mpnet-base-v2 or a folder's path")
     if _looks_like_path(model):
         return _local_folder(model)
     name = full_name(model)
+    if len(name) > MAX_NAME_CHARS or "\0" in name:
+        raise ModelNotFoundError(
+            f"{name[:40]!r}... is no model's name: give a name such as all-mpnet-base-v2 or a folder's path"
+        )
     if found := cache.find_cached(name, revision):
         return _resolved(found)
     if hub.is_offline() if offline is None else offline:
@@ -80,24 +91,33 @@ def full_name(model: str) -> str:
 
 def find_manifest(resolved: ResolvedModel) -> Manifest | None:
     """What was verified when the model was fetched; None for a folder of the user's."""
-    if manifest := read_manifest(resolved.path):
-        return manifest
-    return cache.find_cached(resolved.name, resolved.revision) if resolved.source != "folder" else None
+    return cache.find_by_folder(resolved.path)
 
 
 def _looks_like_path(model: str) -> bool:
-    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or Path(model).is_dir()
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or _is_folder(Path(model))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        # A name that is too long for a file system, or a folder above it that may not be read.
+        return False
 
 
 def _local_folder(model: str) -> ResolvedModel:
-    path = Path(model).expanduser().absolute()
-    if not path.is_dir():
+    try:
+        path = Path(model).expanduser().absolute()
+    except RuntimeError as err:
+        raise ModelNotFoundError(f"{model} is in the home folder of a user there is not: give the whole path") from err
+    if not _is_folder(path):
         raise ModelNotFoundError(
             f"there is no folder {path}: give a model folder's path or a name such as all-mpnet-base-v2"
         )
-    manifest = read_manifest(path)
-    if manifest and manifest.folder == path and manifest.sizes_match():
-        return _resolved(manifest)
+    # Only what our cache says: a manifest in the folder itself may have come along with a copy that was changed since.
+    if (manifest := cache.find_by_folder(path)) and manifest.sizes_match():
+        return ResolvedModel(path, manifest.name, manifest.revision, manifest.source)
     return ResolvedModel(path, path.name, None)
 
 
@@ -137,7 +157,7 @@ def _from_hub_cache(name: str, revision: str | None, progress: Progress) -> Reso
     if snapshot is None:
         wanted = name if revision is None else f"{name} at revision {revision!r}"
         raise ModelDownloadError(
-            f"{wanted} is not cached and HF_HUB_OFFLINE is set: fetch it once with a network"
+            f"{wanted} is not cached and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: fetch it once with a network"
             f" (embedq model fetch {name}), or pass the path of a model folder"
         )
     return _record_snapshot(name, snapshot, progress)
@@ -167,17 +187,24 @@ def _record_snapshot(name: str, snapshot: hub.Snapshot, progress: Progress) -> R
 
 
 def _check_published(name: str, relative: str, path: Path, sha256: str, snapshot: hub.Snapshot) -> None:
-    published = snapshot.published.get(relative)
-    if published is None and name == ALL_MPNET_BASE_V2 and relative == WEIGHTS_FILE:
-        published = ALL_MPNET_BASE_V2_FILES[WEIGHTS_FILE].sha256
-    if published is None or published == sha256:
+    """Raise ModelIntegrityError for a file that is not what the hub published."""
+    blob = path.resolve()
+    stated = snapshot.published.get(relative)
+    # huggingface_hub names a large file by the SHA-256 that the hub stated when it was downloaded.
+    expected = stated or (blob.name if blob != path and re.fullmatch("[0-9a-f]{64}", blob.name) else None)
+    if expected is None:
         return
-    # Left in place it would be taken for good by every later download, ours and other programs'.
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    raise ModelIntegrityError(
-        f"{relative} of {name} has SHA-256 {sha256}, published is {published}: the file was removed; fetch it again"
-    )
+    found = git_blob_id(path) if len(expected) == hub.GIT_ID_DIGITS else sha256
+    if found == expected:
+        return
+    remedy = f"delete {blob} and fetch it again"
+    if stated:
+        # Left in place it would be taken for good by every later download, ours and other programs'. What the
+        # hub did not say in this very call is no reason to delete a file that we share with them.
+        blob.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        remedy = "the file was removed; fetch it again"
+    raise ModelIntegrityError(f"{relative} of {name} has the hash {found}, published is {expected}: {remedy}")
 
 
 def _resolved(manifest: Manifest) -> ResolvedModel:

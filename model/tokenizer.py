@@ -37,11 +37,12 @@ class Tokenizer:
     """Safe to call from several threads: nothing of it changes after loading."""
 
     def __init__(self, folder: Path, max_seq_length: int, *, lowercase: bool = False) -> None:
-        self._tokenizer = _load(folder / TOKENIZER_FILE)
+        self._path = folder / TOKENIZER_FILE
+        self._tokenizer = _load(self._path)
         self._boundary = _boundary_pattern(self._tokenizer)
         if lowercase:
             _prepend_lowercase(self._tokenizer)
-        self._prefix, self._suffix = _special_ids(self._tokenizer, folder)
+        self._prefix, self._suffix = _special_ids(self._tokenizer, self._path)
         self.max_seq_length = max_seq_length
         self._room = max_seq_length - len(self._prefix) - len(self._suffix)
         if self._room < 0:
@@ -49,7 +50,7 @@ class Tokenizer:
 
     @property
     def max_id(self) -> int:
-        return max(self._tokenizer.get_vocab().values())
+        return max(self._tokenizer.get_vocab().values(), default=-1)
 
     def __call__(
         self, texts: Sequence[str], *, prompt: str, truncate: bool, truncation_side: TruncationSide
@@ -117,6 +118,8 @@ class Tokenizer:
             # What the library says of a lone surrogate: it has no UTF-8.
             index = first + next((place for place, text in enumerate(texts) if not _is_unicode(text)), 0)
             raise ModelOptionError(f"text {index} is not valid Unicode: it has a surrogate without its pair") from err
+        except Exception as err:  # the library raises plain Exception
+            raise _unusable(self._path, err) from err
         return [encoding.ids for encoding in encodings]
 
 
@@ -152,14 +155,39 @@ def _prepend_lowercase(tokenizer: tokenizers.Tokenizer) -> None:
     tokenizer.normalizer = NormalizerSequence([Lowercase(), present] if present is not None else [Lowercase()])
 
 
-def _special_ids(tokenizer: tokenizers.Tokenizer, folder: Path) -> tuple[list[int], list[int]]:
+def _check_unknown_token(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
+    """Without it the first unknown word would fail a job, long after loading."""
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    if unknown is not None and tokenizer.model.token_to_id(unknown) is None:
+        raise ModelFormatError(f"{path}: unk_token {unknown!r} is not in the vocabulary; fetch the file again")
+
+
+def _special_ids(tokenizer: tokenizers.Tokenizer, path: Path) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a").ids
+    _check_unknown_token(tokenizer, path)
+    try:
+        bare = tokenizer.encode("a", add_special_tokens=False).ids
+        full = tokenizer.encode("a").ids
+    except Exception as err:  # the library raises plain Exception
+        raise _unusable(path, err) from err
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
-            return full[:start], full[start + len(bare) :]
-    raise ModelFormatError(f"{folder / TOKENIZER_FILE}: the post-processor changes the tokens of the text itself")
+            prefix, suffix = full[:start], full[start + len(bare) :]
+            _check_ids(tokenizer, [*prefix, *suffix], path)
+            return prefix, suffix
+    raise ModelFormatError(f"{path}: the post-processor changes the tokens of the text itself")
+
+
+def _check_ids(tokenizer: tokenizers.Tokenizer, ids: list[int], path: Path) -> None:
+    """The post-processor has ids of its own, which the library compares with nothing."""
+    for special_id in ids:
+        if tokenizer.id_to_token(special_id) is None:
+            raise ModelFormatError(f"{path}: the post-processor's token id {special_id} is not in the vocabulary")
+
+
+def _unusable(path: Path, err: Exception) -> ModelFormatError:
+    reason = " ".join(str(err).split())
+    return ModelFormatError(f"{path} cannot be used by tokenizers: {reason}; fetch the file again")
 
 
 def _boundary_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:

@@ -82,7 +82,9 @@ def _check_files(resolved: ResolvedModel, progress: Progress) -> tuple[Check, st
     sums = _hash_files(resolved.path, manifest.files, progress)
     bad = [path for path, record in manifest.files.items() if sums.get(path) != record.sha256]
     if bad:
-        detail = f"{', '.join(bad)} differ from what was fetched: delete {resolved.path} and fetch it again"
+        # The files themselves: behind a link lies the hub's blob, which a new snapshot would be made of again.
+        blobs = ", ".join(str((resolved.path / path).resolve()) for path in bad)
+        detail = f"{', '.join(bad)} differ from what was fetched: delete {blobs} and fetch it again"
     else:
         detail = f"{len(sums)} files have the SHA-256 they were fetched with"
     return Check("files", not bad, detail), sums.get(WEIGHTS_FILE)
@@ -148,5 +150,7 @@ def _encode(encoder: SentenceEncoder, texts: list[str]) -> NDArray[np.float64]:
 def _cosines(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
     """Row by row. NaN stays NaN, and NaN fails every comparison with a tolerance."""
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    cosines: NDArray[np.float64] = (first * second).sum(axis=1) / lengths
+    # Vectors of zeros give NaN, and the check says so: numpy need not.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines: NDArray[np.float64] = (first * second).sum(axis=1) / lengths
     return cosines

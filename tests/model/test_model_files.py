@@ -56,6 +56,10 @@ def test_the_config_is_read(own_folder: Path) -> None:
         ({"num_hidden_layers": 0}, "config.json: num_hidden_layers must be above 0"),
         ({"max_position_embeddings": 2}, "config.json: max_position_embeddings 2"),
         ({"relative_attention_num_buckets": 3}, "config.json: relative_attention_num_buckets"),
+        ({"relative_attention_num_buckets": 512}, "relative_attention_num_buckets must be below 512"),
+        ({"layer_norm_eps": float("nan")}, "'layer_norm_eps' must be a finite number"),
+        ({"layer_norm_eps": float("inf")}, "'layer_norm_eps' must be a finite number"),
+        ({"layer_norm_eps": 10**400}, "'layer_norm_eps' must be a finite number"),
         ({"hidden_act": "relu"}, "config.json: hidden_act is 'relu'"),
     ],
 )
@@ -65,7 +69,10 @@ def test_a_bad_config_names_file_and_field(own_folder: Path, changes: dict[str, 
         read_config(own_folder)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read as JSON"), ("[]", "must hold a JSON object")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"), ("[]", "must hold a JSON object")],
+)
 def test_a_config_that_is_no_json_object_names_the_file(own_folder: Path, content: str, message: str) -> None:
     (own_folder / "config.json").write_text(content)
     with pytest.raises(ModelFormatError, match=rf"config\.json.*{message}"):

@@ -168,6 +168,7 @@ def test_a_bad_pooling_is_named(own_folder: Path, config: dict[str, Any], messag
     ("config", "message"),
     [
         ({"activation_function": "torch.nn.modules.activation.ReLU"}, "ReLU' is not supported"),
+        ({"activation_function": ["Tanh"]}, "is not supported"),
         ({"in_features": None}, "'in_features' is missing"),
         ({"in_features": 7}, "takes 7 dimensions and is given 24"),
         ({"use_residual": True}, "use_residual is not supported"),
@@ -187,6 +188,7 @@ def test_a_bad_dense_is_named(own_folder: Path, config: dict[str, Any], message:
     ("config", "message"),
     [
         ({"prompts": ["query"]}, "'prompts' must be an object"),
+        ({"default_prompt_name": ["query"]}, "not among the prompts"),
         ({"default_prompt_name": "query"}, "not among the prompts"),
     ],
 )
@@ -194,3 +196,9 @@ def test_bad_prompts_are_named(own_folder: Path, config: dict[str, Any], message
     write_json(own_folder / "config_sentence_transformers.json", config)
     with pytest.raises(ModelFormatError, match=rf"config_sentence_transformers\.json.*{message}"):
         read_modules(own_folder)
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("nan"), True, "many", 0])
+def test_a_tokenizer_length_that_is_none_is_no_limit(own_folder: Path, limit: Any) -> None:
+    edit_json(own_folder / "tokenizer_config.json", model_max_length=limit)
+    assert read_modules(own_folder).max_seq_length is None

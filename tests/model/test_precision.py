@@ -69,3 +69,9 @@ def test_the_input_is_left_as_it_is() -> None:
     before = VECTORS.copy()
     postprocess(VECTORS, normalize=True, dimensions=3)
     assert np.array_equal(VECTORS, before)
+
+
+def test_one_row_that_was_cut_keeps_no_wider_array_alive() -> None:
+    ours = postprocess(VECTORS[:1], normalize=False, dimensions=3)
+    assert ours.flags.owndata
+    assert not np.shares_memory(ours, VECTORS)

