@@ -118,7 +118,7 @@ def _print_next_steps(console: Console) -> None:
         "  export EMBEDQ_URL=that URL\n"
         '  embedq embed "any text"        one text, now\n'
         "  embedq enqueue --file FILE     a job a line; prints the ids\n"
-        "  embedq status ID, result ID     follow a job, fetch its vector\n"
+        "  embedq status ID, result ID    follow a job, fetch its vector\n"
         "  embedq --help                  all commands"
     )
 
