@@ -15,7 +15,7 @@
 local prefix, id, now, now_s = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local fields = redis.call('HMGET', KEYS[1], 'status', 'origin', 'failure_ttl')
 local status, queue = fields[1], fields[2]
-local ttl = math.floor(math.max(-1, math.min(1000000000, tonumber(fields[3] or '') or tonumber(ARGV[5]))))
+local ttl = seconds(fields[3], tonumber(ARGV[5]))
 if not status or not queue then
   return false
 end
@@ -27,15 +27,9 @@ redis.call('LREM', prefix .. ':queue:' .. queue, 0, id)
 redis.call('ZREM', prefix .. ':scheduled:' .. queue, id)
 redis.call('ZREM', prefix .. ':deferred:' .. queue, id)
 for _, execution in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-  local key = prefix .. ':execution:' .. id .. ':' .. execution
-  local worker = redis.call('HGET', key, 'worker_name')
-  if worker then
-    redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', id .. ':' .. execution)
-  end
-  redis.call('ZREM', prefix .. ':wip:' .. queue, id .. ':' .. execution)
-  redis.call('DEL', key)
+  local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
+  end_execution(prefix, queue, id, execution, worker)
 end
-redis.call('DEL', KEYS[3])
 
 redis.call('HSET', KEYS[1], 'status', 'canceled', 'ended_at', now)
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', 10, '*', 'type', 3, 'worker_name', '')

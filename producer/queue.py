@@ -25,7 +25,6 @@ from embedq.producer.errors import (
     EmbedqError,
     InvalidJobIdError,
     InvalidTextError,
-    JobNotFoundError,
     JobStateError,
     PartialEnqueueError,
     QueueConnectionError,
@@ -45,7 +44,7 @@ from embedq.producer.options import (
     shown,
     split_keywords,
 )
-from embedq.producer.results import Outcome, ResultReader, read_status
+from embedq.producer.results import Outcome, ResultReader, not_found, read_status
 from embedq.producer.status import JobStatus
 
 DEFAULT_QUEUE = "embed"
@@ -79,8 +78,9 @@ class EmbedQueue:
         self._client = connect(url or DEFAULT_URL) if connection is None else check_client(connection)
         self._redis: Any = self._client
         self._enqueue_script = scripts.load(self._client, __package__, "enqueue")
-        self._cancel_script = scripts.load(self._client, __package__, "cancel")
-        self._requeue_script = scripts.load(self._client, __package__, "requeue")
+        prelude = scripts.source(__package__, "common")
+        self._cancel_script = scripts.load(self._client, __package__, "cancel", prelude)
+        self._requeue_script = scripts.load(self._client, __package__, "requeue", prelude)
 
     # --- putting texts on the queue
 
@@ -175,7 +175,7 @@ class EmbedQueue:
         """Raises JobNotFoundError if the job never existed or has expired."""
         status = self.statuses([job_id])[job_id]
         if status is None:
-            raise JobNotFoundError(f"there is no job {job_id}: it never existed, or it expired")
+            raise not_found(job_id)
         return status
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, JobStatus | None]:
@@ -385,5 +385,5 @@ def _chunks(requests: list[_Request]) -> Iterator[list[_Request]]:
 def _found_status(job_id: str, found: bytes | None) -> JobStatus:
     status = read_status(found)
     if status is None:
-        raise JobNotFoundError(f"there is no job {job_id}: it never existed, or it expired")
+        raise not_found(job_id)
     return status

@@ -27,9 +27,9 @@ redis.call('HSET', KEYS[1], 'status', 'queued', 'enqueued_at', ARGV[3], 'started
 if fields[3] then
   redis.call('HSET', KEYS[1], 'retries_left', fields[3])
 end
-local ttl = tonumber(fields[4] or '') or 0
-if ttl >= 1 then
-  redis.call('EXPIRE', KEYS[1], math.min(1000000000, math.floor(ttl)))
+local ttl = seconds(fields[4], 0)
+if ttl > 0 then
+  redis.call('EXPIRE', KEYS[1], ttl)
 else
   redis.call('PERSIST', KEYS[1])
 end

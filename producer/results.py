@@ -76,9 +76,7 @@ class ResultReader:
         """Yields the jobs that have ended; the others join `watched` with their stream's last entry."""
         for job_id, status, entry in self._snapshots(job_ids):
             if status is None:
-                outcome: Outcome | None = JobNotFoundError(
-                    f"there is no job {job_id}: it never existed, or it expired with its result"
-                )
+                outcome: Outcome | None = not_found(job_id)
             elif status.is_terminal:
                 outcome = _terminal_outcome(job_id, status, entry)
             else:
@@ -117,6 +115,10 @@ class ResultReader:
                 del watched[job_id]
                 outcomes[job_id] = entry_outcome(job_id, fields)
         return outcomes
+
+
+def not_found(job_id: str) -> JobNotFoundError:
+    return JobNotFoundError(f"there is no job {job_id}: it never existed, or it expired")
 
 
 def read_status(field: bytes | None) -> JobStatus | None:

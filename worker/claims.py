@@ -96,7 +96,7 @@ class ClaimStore:
         self.lease_s = lease_s
         self._nonce = _fresh_nonce()
         package = __package__ or "embedq.worker"
-        prelude = scripts.source(package, "common")
+        prelude = scripts.source("embedq.producer", "common") + scripts.source(package, "common")
         self._claim = scripts.load(client, package, "claim", prelude)
         self._finish = scripts.load(client, package, "finish", prelude)
         self._release = scripts.load(client, package, "release", prelude)

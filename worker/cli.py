@@ -33,17 +33,18 @@ from embedq.producer.queue import DEFAULT_QUEUE, check_queue_name
 from embedq.worker import logs
 from embedq.worker.settings import LogFormat, WorkerSettings, environment_variable
 
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 #: The first class that fits an error gives the exit status; any other error gives 1.
 EXIT_STATUSES: tuple[tuple[type[Exception], int], ...] = (
-    (InvalidRequestError, 2),
-    (ConfigurationError, 2),
+    (InvalidRequestError, EXIT_USAGE),
+    (ConfigurationError, EXIT_USAGE),
     (JobNotFoundError, 3),
     (ResultTimeoutError, 4),
     (QueueConnectionError, 5),
     (QueueServerError, 5),
     (ModelError, 6),
 )
-EXIT_INTERRUPTED = 130
 
 _EPILOG = """\b
 Exit status:
@@ -51,45 +52,39 @@ Exit status:
   1  the job failed or was canceled, or another error
   2  wrong usage: an option, a text, a URL or a setting that cannot work
   3  no such job, or it has expired
-  4  no result in time; the job goes on
+  4  no result in time
   5  Redis cannot be reached, or refuses
   6  the model cannot be had, read or run
   130  interrupted"""
 
 
-class CommandLineError(click.ClickException):
-    """An error of ours as click shows it: one line, and the status of its class."""
+class ErrorLine(click.ClickException):
+    """An error as click shows it: one line, and an exit status."""
 
-    def __init__(self, err: Exception) -> None:
-        super().__init__(str(err))
-        # What stopped an enqueueing half-way says what kind of error it is.
-        self.error = err.__cause__ if isinstance(err, PartialEnqueueError) else err
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(" ".join(message.split()))
+        self._status = status
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
-        return next((status for kind, status in EXIT_STATUSES if isinstance(self.error, kind)), 1)
+        return self._status
 
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", file=file, err=True)
 
 
-class UsageLine(click.ClickException):
-    """Wrong usage on one line, as all our errors are."""
-
-    exit_code = 2
-
-    def __init__(self, err: click.UsageError) -> None:
-        super().__init__(err.format_message())
-        self.command = err.ctx.command_path if err.ctx is not None else "embedq"
-
-    def show(self, file: Any = None) -> None:
-        message = " ".join(self.message.split()).rstrip(".")
-        click.echo(f"error: {message}; see {self.command} --help", file=file, err=True)
+def _error_line(err: Exception) -> ErrorLine:
+    # What stopped an enqueueing half-way says what kind of error it is.
+    cause = err.__cause__ if isinstance(err, PartialEnqueueError) else err
+    return ErrorLine(str(err), next((status for kind, status in EXIT_STATUSES if isinstance(cause, kind)), 1))
 
 
 def _usage_line(err: click.UsageError) -> click.ClickException:
     """`embedq model` alone is no mistake: click answers it with the help."""
-    return err if isinstance(err, click.exceptions.NoArgsIsHelpError) else UsageLine(err)
+    if isinstance(err, click.exceptions.NoArgsIsHelpError):
+        return err
+    command = err.ctx.command_path if err.ctx is not None else "embedq"
+    return ErrorLine(f"{err.format_message().rstrip('.')}; see {command} --help", EXIT_USAGE)
 
 
 class ErrorGroup(click.Group):
@@ -107,7 +102,7 @@ class ErrorGroup(click.Group):
         except (EmbedqError, ModelError) as err:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            raise CommandLineError(err) from err
+            raise _error_line(err) from err
         except click.UsageError as err:
             raise _usage_line(err) from err
         except KeyboardInterrupt:

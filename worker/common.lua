@@ -1,39 +1,14 @@
--- Put before each of the worker's scripts: what they share. RQ's records of one execution are in five places.
-
--- Longest time to live; Redis takes no number that Lua would print with an exponent.
-local MAX_TTL = 1000000000
+-- Put before each of the worker's scripts, behind the client's common.lua: what they share.
 
 local function clock()
   local time = redis.call('TIME')
   return tonumber(time[1]) + tonumber(time[2]) / 1000000
 end
 
--- A time to live that stands in a hash, or the default: whole, -1 for good, and never more than Redis takes.
-local function seconds(field, default)
-  local value = tonumber(field or '')
-  if not value or value ~= value then
-    value = default
-  end
-  return math.max(-1, math.min(MAX_TTL, math.floor(value)))
-end
-
-local function wip_key(prefix, queue)
-  return prefix .. ':wip:' .. queue
-end
-
 -- Whether this execution still holds its job: nobody canceled it, and its lease was not given to another.
 local function holds(prefix, queue, id, execution)
   return redis.call('ZSCORE', wip_key(prefix, queue), id .. ':' .. execution)
     and redis.call('HGET', prefix .. ':job:' .. id, 'status') == 'started'
-end
-
--- Drops every record of one execution.
-local function end_execution(prefix, queue, id, execution, worker)
-  local pair = id .. ':' .. execution
-  redis.call('ZREM', wip_key(prefix, queue), pair)
-  redis.call('ZREM', prefix .. ':executions:' .. id, execution)
-  redis.call('DEL', prefix .. ':execution:' .. pair)
-  redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', pair)
 end
 
 -- Puts a started job back: 'LPUSH' at the head of its queue, 'RPUSH' at the tail. Its waiting time runs anew.

@@ -101,6 +101,8 @@ class Engine:
     def encode(self, batch: Sequence[Piece]) -> None:
         """Fills the rows of one micro-batch, and marks the jobs whose texts cannot be encoded as failed."""
         pieces = [piece for piece in batch if piece.work.failure is None]
+        if not pieces:
+            return
         began_at = time.monotonic()
         self._encode_isolating(pieces)
         took_s = time.monotonic() - began_at
@@ -161,8 +163,6 @@ class Engine:
 
     def _encode_isolating(self, pieces: Sequence[Piece]) -> None:
         """A batch that raises is halved until the guilty text stands alone."""
-        if not pieces:
-            return
         try:
             rows = self.encoder.encode_tokens([piece.tokens for piece in pieces])
         except Exception as err:

@@ -89,14 +89,14 @@ class LeaseKeeper:
                     self.recover()
                     next_recovery = now + recover_every_s
                 failing = False
-            except redis.RedisError as err:
-                # Tried again soon: until the lease has run out nothing is lost.
-                logger.log(logging.DEBUG if failing else logging.WARNING, "leases could not be renewed: %s", err)
+            except Exception as err:
+                # Whatever it was: without this thread the worker would go on with leases that run out. Tried again
+                # soon, nothing is lost until then.
+                if not isinstance(err, redis.RedisError):
+                    logger.exception("a round of leases failed")
+                else:
+                    logger.log(logging.DEBUG if failing else logging.WARNING, "leases could not be renewed: %s", err)
                 failing = True
-                next_renewal = next_recovery = now + every_s / RENEWALS
-            except Exception:
-                # Whatever it was: without this thread the worker would go on with leases that run out.
-                logger.exception("a round of leases failed")
                 next_renewal = next_recovery = now + every_s / RENEWALS
             self._stop.wait(max(0.05, min(next_renewal, next_recovery) - time.monotonic()))
 

@@ -208,7 +208,10 @@ class EmbedWorker(SimpleWorker):
         return done
 
     def step(self, max_jobs: int) -> int:
-        """Claim, tokenize, plan, encode, publish; returns the number of jobs claimed."""
+        """Claim, tokenize, plan, encode, publish; returns the number of jobs claimed.
+
+        Told to stop, it leaves off after the micro-batch on the device; what is left is given back by `_leave`.
+        """
         claims = self._claim(max_jobs)
         jobs = self._tokenize(claims)
         for batch in self.engine.plan([job.work for job in jobs]):
@@ -217,8 +220,6 @@ class EmbedWorker(SimpleWorker):
             jobs = self._drop_lost(jobs)
             self.engine.encode(batch)
             jobs = self._publish_done(jobs)
-        if self._stop_requested:
-            self._release_held()
         return len(claims)
 
     # --- the stages

@@ -22,7 +22,7 @@ from rq.job import Job
 from embedq.producer import Embeddings, EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.worker import tasks
 from tests.conftest import Drain, until
-from tests.queue.test_worker import Start, start, workers  # noqa: F401
+from tests.queue.test_worker import Start, idle_workers, start, workers  # noqa: F401
 
 RQ = str(Path(sys.executable).parent / "rq")
 SERIALIZER = "embedq.producer.serializer.EmbedSerializer"
@@ -208,7 +208,7 @@ def test_rq_suspend_and_resume_stop_and_start_our_worker(queue: EmbedQueue, star
 
 def test_rqs_shutdown_command_stops_our_worker(queue: EmbedQueue, start: Start) -> None:  # noqa: F811
     worker = start()
-    until(lambda: workers(queue))
+    until(lambda: idle_workers(queue))
     send_shutdown_command(queue._client, _only_worker(queue))
     status, output = worker.ended()
     assert status == 0, output
