@@ -1,11 +1,10 @@
-"""Where tensors live and in which type: the one module that knows devices.
+"""Where tensors live: the one module that knows devices.
 
 Knows no model and no thread settings: those are the process's own business.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 
 import torch
@@ -13,16 +12,11 @@ from torch import Tensor
 
 from embedq.model.errors import DeviceError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-#: Compute capability from which bfloat16 runs on tensor cores (Ampere).
-BFLOAT16_CAPABILITY = (8, 0)
 #: Tokens of one micro-batch. On a CPU the best throughput lies at 1024 to 2048: above, activations leave the
 #: cache. A GPU wants enough rows to fill all its cores.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}
 #: Elements of the attention scores (sequences, heads, L, L) computed at once, unless one sequence alone has more.
 MAX_SCORES = {"cpu": 1 << 21, "cuda": 1 << 27, "mps": 1 << 24}
-
-log = logging.getLogger(__name__)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -47,31 +41,6 @@ def available_devices() -> list[str]:
     if torch.backends.mps.is_available():
         names.append("mps")
     return [*names, "cpu"]
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` or a name of DTYPES; what was chosen and why is logged at INFO."""
-    if dtype == "int8":
-        raise DeviceError(
-            f"dtype 'int8': this version does not support quantized weights; use auto, {', '.join(DTYPES)}"
-        )
-    if dtype == "auto":
-        chosen, why = _auto_dtype(device)
-        log.info("dtype %s: %s", str(chosen).removeprefix("torch."), why)
-        return chosen
-    if dtype not in DTYPES:
-        raise DeviceError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def _auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    if device.type != "cuda":
-        return torch.float32, f"exact, and the safe choice on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    sm = f"{torch.cuda.get_device_name(device)} (sm{capability[0]}{capability[1]})"
-    if capability >= BFLOAT16_CAPABILITY:
-        return torch.bfloat16, f"{sm} computes it on tensor cores"
-    return torch.float16, f"{sm} has no bfloat16 units"
 
 
 def for_segments(hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
-"""The matrix products of the encoder, with what follows each of them.
+"""The matrix products of the encoder, with what follows each of them, in torch's operators.
 
-Knows no model: three ways to use a weight (plain, then GELU, plus a residual), so that a backend can fuse them.
+Knows no model: three ways to use a weight (plain, then GELU, plus a residual), so that they can be fused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -22,6 +22,36 @@ FUSED_DTYPES = (torch.bfloat16,)
 TRIAL_TOLERANCE = 2e-2
 
 
+@dataclass(frozen=True, slots=True)
+class LinearWeights:
+    """x W^T + b as it is stored; W is weight, or, where it is int8, weight * scale * input_factor."""
+
+    #: (out_features, in_features)
+    weight: Tensor
+    #: (out_features,)
+    bias: Tensor
+    #: (out_features,) float32, with int8 weights only
+    scale: Tensor | None = None
+    #: (in_features,) float32 by which inputs are multiplied before they are quantized; None: as they are
+    input_factor: Tensor | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.scale is not None
+
+    def dequantized(self) -> LinearWeights:
+        """The float32 weights which the int8 ones stand for; others as they are."""
+        if self.scale is None:
+            return self
+        weight = self.weight.float() * self.scale[:, None]
+        return LinearWeights(weight if self.input_factor is None else weight * self.input_factor, self.bias)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LinearWeights:
+        """Floats of `dtype` on `device`."""
+        floats = self.dequantized()
+        return LinearWeights(floats.weight.to(device, dtype), floats.bias.to(device, dtype))
+
+
 class Linear(Protocol):
     """x W^T + b for x of (rows, in_features)."""
 
@@ -31,7 +61,7 @@ class Linear(Protocol):
         """GELU by the exact erf, of the product."""
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The product plus `residual` of (rows, out_features)."""
+        """The product plus `residual` of (rows, out_features), in the residual's dtype."""
 
 
 class PlainLinear:
@@ -39,9 +69,9 @@ class PlainLinear:
 
     __slots__ = ("_bias", "_weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self._weight = weight
-        self._bias = bias
+    def __init__(self, weights: LinearWeights) -> None:
+        self._weight = weights.weight
+        self._bias = weights.bias
 
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self._weight, self._bias)
@@ -57,14 +87,14 @@ class OneDnnLinear:
     """For CPUs: the weight stored once in oneDNN's own order, GELU and residual done while tiles are in the cache.
 
     The operators are those torch's own compiler emits (torch/_inductor/fx_passes/mkldnn_fusion.py); they are
-    private, so `linear_for` tries them first.
+    private, so `onednn_agrees` tries them first.
     """
 
     __slots__ = ("_bias", "_weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self._weight = _operators()._reorder_linear_weight(weight, None)
-        self._bias = bias
+    def __init__(self, weights: LinearWeights) -> None:
+        self._weight = _operators()._reorder_linear_weight(weights.weight, None)
+        self._bias = weights.bias
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._pointwise(x, "none")
@@ -82,17 +112,12 @@ class OneDnnLinear:
         return result
 
 
-def linear_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Linear]:
-    """The fastest class that works here, to be made from (out_features, in_features) weight and bias."""
-    return OneDnnLinear if device.type == "cpu" and _onednn_agrees(dtype) else PlainLinear
-
-
 def _operators() -> Any:
     return torch.ops.mkldnn
 
 
 @cache
-def _onednn_agrees(dtype: torch.dtype) -> bool:
+def onednn_agrees(dtype: torch.dtype) -> bool:
     """Whether the private operators exist in this torch and mean what they did."""
     if dtype not in FUSED_DTYPES or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
@@ -100,9 +125,10 @@ def _onednn_agrees(dtype: torch.dtype) -> bool:
     x, weight, bias, residual = (
         torch.randn(shape, generator=generator).to(dtype) for shape in ((7, 48), (32, 48), (32,), (7, 32))
     )
-    plain = PlainLinear(weight, bias)
+    weights = LinearWeights(weight, bias)
+    plain = PlainLinear(weights)
     try:
-        fused = OneDnnLinear(weight, bias)
+        fused = OneDnnLinear(weights)
         pairs = [
             (fused(x), plain(x)),
             (fused.gelu(x), plain.gelu(x)),

@@ -8,20 +8,27 @@ Knows no tokenizer, no pooling and no files beyond a checkpoint's tensors.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from embedq.model.config import MAX_DISTANCE, MPNetConfig
-from embedq.model.linear import Linear
-from embedq.model.packing import Group, Packed, plan_groups
+from embedq.model.attention import Attend
+from embedq.model.backend import Backend
+from embedq.model.config import MPNetConfig
+from embedq.model.errors import WeightsError
+from embedq.model.linear import Linear, LinearWeights
+from embedq.model.packing import Packed
+from embedq.model.position_bias import PositionBias
+from embedq.model.quantization import quantize
 from embedq.model.weights import Checkpoint
 
 Shapes = dict[str, tuple[int, ...]]
+
+#: Beside an int8 weight in a checkpoint: its rows' scales, and what its inputs are multiplied by.
+SCALE, INPUT_FACTOR = "weight_scale", "input_factor"
 
 
 def tensor_shapes(config: MPNetConfig) -> Shapes:
@@ -37,8 +44,16 @@ def tensor_shapes(config: MPNetConfig) -> Shapes:
             config.num_attention_heads,
         ),
     }
-    for index in range(config.num_hidden_layers):
-        shapes |= {f"{_layer_prefix(index)}{name}": shape for name, shape in _layer_shapes(config).items()}
+    weights: Shapes = {
+        **linear_shapes(config),
+        **{
+            f"{_layer_prefix(index)}{part}.LayerNorm": (hidden,)
+            for index in range(config.num_hidden_layers)
+            for part in ("attention", "output")
+        },
+    }
+    for name, shape in weights.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
 
 
@@ -46,35 +61,30 @@ def _layer_prefix(index: int) -> str:
     return f"encoder.layer.{index}."
 
 
-def _layer_shapes(config: MPNetConfig) -> Shapes:
+def linear_shapes(config: MPNetConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer, by its name without `.weight`."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    weights: Shapes = {
+    in_layer = {
         **{f"attention.attn.{part}": (hidden, hidden) for part in "qkvo"},
         "intermediate.dense": (intermediate, hidden),
         "output.dense": (hidden, intermediate),
-        "attention.LayerNorm": (hidden,),
-        "output.LayerNorm": (hidden,),
     }
-    return {f"{name}.weight": shape for name, shape in weights.items()} | {
-        f"{name}.bias": shape[:1] for name, shape in weights.items()
+    return {
+        f"{_layer_prefix(index)}{name}": shape
+        for index in range(config.num_hidden_layers)
+        for name, shape in in_layer.items()
     }
 
 
-def relative_position_bucket(offsets: Tensor, num_buckets: int) -> Tensor:
-    """Which row of the bias table an offset j - i (key minus query) takes: as the reference, equal for all offsets.
-
-    Half the buckets are for keys behind the query, half for those ahead; half of each half for one distance
-    each, the rest for logarithmically growing ranges up to MAX_DISTANCE.
-    """
-    per_side = num_buckets // 2
-    exact = per_side // 2
-    distance = offsets.abs()
-    # The reference's own order of float32 operations: another one moves borders by a token.
-    scaled = torch.log(distance.float() / exact) / math.log(MAX_DISTANCE / exact) * (per_side - exact)
-    # log(0) is -inf, which has no integer; those places are taken by `distance` anyway.
-    far = (exact + scaled.clamp(min=0).to(torch.long)).clamp(max=per_side - 1)
-    side = (offsets > 0).to(torch.long) * per_side
-    return side + torch.where(distance < exact, distance, far)
+def _quantization_shapes(config: MPNetConfig, checkpoint: Checkpoint) -> Shapes:
+    """What stands beside the weights that are stored as int8."""
+    shapes: Shapes = {}
+    for name, (out_features, in_features) in linear_shapes(config).items():
+        if checkpoint.is_int8(f"{name}.weight"):
+            shapes[f"{name}.{SCALE}"] = (out_features,)
+            if f"{name}.{INPUT_FACTOR}" in checkpoint:
+                shapes[f"{name}.{INPUT_FACTOR}"] = (in_features,)
+    return shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +98,7 @@ class LayerNorm:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """What attention needs of one group beyond the weights: the same in every layer, so built once a batch."""
-
-    group: Group
-    #: (num_texts * heads, L, L) relative position bias, -inf where the key is padding
-    bias: Tensor
-    #: (3 * num_texts * heads * L,) which rows of qkv as (T * 3 * heads, head_dim) make up queries, keys, values
-    gather: Tensor
-    #: (tokens * heads,) which rows of the context as (num_texts * heads * L, head_dim) are no padding
-    scatter: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Layer:
-    num_heads: int
     qkv: Linear
     out: Linear
     attention_norm: LayerNorm
@@ -110,87 +106,53 @@ class Layer:
     output: Linear
     output_norm: LayerNorm
 
-    def __call__(self, x: Tensor, plans: list[AttentionPlan]) -> Tensor:
-        x = self.attention_norm(self.out.add(self._attention(x, plans), x))
+    def __call__(self, x: Tensor, attend: Attend) -> Tensor:
+        x = self.attention_norm(self.out.add(attend(self.qkv(x)), x))
         return self.output_norm(self.output.add(self.intermediate.gelu(x), x))
-
-    def _attention(self, x: Tensor, plans: list[AttentionPlan]) -> Tensor:
-        """(T, hidden) before the output projection."""
-        head_dim = x.shape[1] // self.num_heads
-        qkv = self.qkv(x).view(-1, head_dim)  # (T * 3 * heads, head_dim)
-        context = torch.empty_like(x)
-        for plan in plans:
-            query, key, value = qkv.index_select(0, plan.gather).view(3, *plan.bias.shape[:2], head_dim)
-            attended = _attend(query, key, value, plan.bias)  # (num_texts * heads, L, head_dim)
-            place = context[plan.group.start : plan.group.end].view(-1, head_dim)
-            torch.index_select(attended.view(-1, head_dim), 0, plan.scatter, out=place)
-        return context
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    # alpha scales inside the product, before float16 could overflow
-    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=1 / math.sqrt(query.shape[-1]))
-    return torch.bmm(scores.softmax(-1), value)
 
 
 class MPNet:
     """Weights on one device in one dtype; calls share nothing that changes, so threads may."""
 
-    def __init__(
-        self,
-        config: MPNetConfig,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        max_scores: int,
-        make_linear: Callable[[Tensor, Tensor], Linear],
-    ) -> None:
+    def __init__(self, config: MPNetConfig, checkpoint: Checkpoint, backend: Backend) -> None:
         """Raises WeightsError if the checkpoint's tensors are not exactly those of `config`.
 
-        `max_scores` bounds the attention scores computed at once, in elements (heads * n * L * L).
-        `make_linear` takes a weight and a bias on their device in their dtype, and may keep them.
+        Weights that are stored as floats are quantized here if the backend's dtype is int8, all of them; those of a
+        quantized checkpoint stay as they are stored, and become floats for another dtype.
         """
-        checkpoint.check(tensor_shapes(config))
+        self._shapes = tensor_shapes(config) | _quantization_shapes(config, checkpoint)
+        checkpoint.check(self._shapes)
         self.config = config
-        self.device = device
-        self.dtype = dtype
-        self._max_scores_per_head = max_scores // config.num_attention_heads
-        self._make_linear = make_linear
+        self._backend = backend
+        self._quantizes = backend.dtype == torch.int8 and not checkpoint.is_quantized
         self._load_embeddings(checkpoint)
         self.layers = [self._load_layer(checkpoint, index) for index in range(config.num_hidden_layers)]
 
-    def _read(self, checkpoint: Checkpoint, prefix: str, names: list[str]) -> dict[str, Tensor]:
-        stored = checkpoint.read([prefix + name for name in names])
-        tensors = {name: stored[prefix + name].to(self.device, self.dtype) for name in names}
+    def _read(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+        """As stored, by their names without `prefix`."""
+        stored = checkpoint.read([name for name in self._shapes if name.startswith(prefix)])
         # A view of the file keeps all of it mapped: vectors must not, where matrices are converted and let go.
-        return {name: tensor.clone() if tensor.dim() == 1 else tensor for name, tensor in tensors.items()}
+        return {
+            name.removeprefix(prefix): tensor.clone() if tensor.dim() == 1 else tensor
+            for name, tensor in stored.items()
+        }
 
     def _load_embeddings(self, checkpoint: Checkpoint) -> None:
-        names = ["word_embeddings.weight", "position_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias"]
-        tensors = self._read(checkpoint, "embeddings.", names)
-        self._words = tensors["word_embeddings.weight"]
-        self._positions = tensors["position_embeddings.weight"]
+        backend, tensors = self._backend, self._read(checkpoint, "embeddings.")
+        self._words, self._positions = (
+            tensors[f"{kind}_embeddings.weight"].to(backend.device, backend.activation_dtype)
+            for kind in ("word", "position")
+        )
         self._embeddings_norm = self._layer_norm(tensors, "LayerNorm")
-        name = "relative_attention_bias.weight"
-        self._bias_by_offset = self._offset_table(self._read(checkpoint, "encoder.", [name])[name])
-
-    def _offset_table(self, bias_by_bucket: Tensor) -> Tensor:
-        """(heads, 2 * max_length - 1) bias of every offset j - i from -(max_length - 1) on."""
-        reach = self.config.max_length - 1
-        offsets = torch.arange(-reach, reach + 1)
-        buckets = relative_position_bucket(offsets, self.config.relative_attention_num_buckets)
-        return bias_by_bucket[buckets.to(self.device)].t().contiguous()
+        name = "encoder.relative_attention_bias.weight"
+        by_bucket = checkpoint.read([name])[name].float().to(backend.device)
+        self._attention = backend.make_attention(PositionBias.from_buckets(by_bucket, self.config.max_length))
 
     def _load_layer(self, checkpoint: Checkpoint, index: int) -> Layer:
         # One layer at a time: where weights are converted, only one layer is in memory twice.
-        tensors = self._read(checkpoint, _layer_prefix(index), list(_layer_shapes(self.config)))
-        qkv_weight, qkv_bias = (
-            torch.cat([tensors[f"attention.attn.{part}.{kind}"] for part in "qkv"]) for kind in ("weight", "bias")
-        )
+        tensors = self._read(checkpoint, _layer_prefix(index))
         return Layer(
-            num_heads=self.config.num_attention_heads,
-            qkv=self._make_linear(qkv_weight, qkv_bias),
+            qkv=self._linear(tensors, *(f"attention.attn.{part}" for part in "qkv")),
             out=self._linear(tensors, "attention.attn.o"),
             attention_norm=self._layer_norm(tensors, "attention.LayerNorm"),
             intermediate=self._linear(tensors, "intermediate.dense"),
@@ -198,11 +160,19 @@ class MPNet:
             output_norm=self._layer_norm(tensors, "output.LayerNorm"),
         )
 
-    def _linear(self, tensors: dict[str, Tensor], name: str) -> Linear:
-        return self._make_linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+    def _linear(self, tensors: dict[str, Tensor], *names: str) -> Linear:
+        """One product for the linear layers `names`, which take the same input."""
+        weights = _stack([_linear_weights(tensors, name) for name in names])
+        if self._backend.dtype != torch.int8:
+            weights = weights.dequantized()
+        return self._backend.make_linear(quantize(weights) if self._quantizes else weights)
 
     def _layer_norm(self, tensors: dict[str, Tensor], name: str) -> LayerNorm:
-        return LayerNorm(tensors[f"{name}.weight"], tensors[f"{name}.bias"], self.config.layer_norm_eps)
+        weight, bias = (
+            tensors[f"{name}.{kind}"].to(self._backend.device, self._backend.residual_dtype)
+            for kind in ("weight", "bias")
+        )
+        return LayerNorm(weight, bias, self.config.layer_norm_eps)
 
     def __call__(self, packed: Packed) -> Tensor:
         """(T, hidden) the last layer's output."""
@@ -214,31 +184,39 @@ class MPNet:
         """(T, hidden) for the embeddings, then for each layer: transformers' `output_hidden_states`, packed."""
         hidden = self._embed(packed)
         yield hidden
-        plans = [self._plan(group) for group in plan_groups(packed.lengths, self._max_scores_per_head)]
+        attend = self._attention.prepare(packed.lengths)
         for layer in self.layers:
-            hidden = layer(hidden, plans)
+            hidden = layer(hidden, attend)
             yield hidden
 
     def _embed(self, packed: Packed) -> Tensor:
-        ids = torch.from_numpy(packed.ids).to(self.device)
-        positions = torch.from_numpy(packed.positions).to(self.device)
-        return self._embeddings_norm(
-            functional.embedding(ids, self._words) + functional.embedding(positions, self._positions)
-        )
+        device, dtype = self._backend.device, self._backend.residual_dtype
+        words = functional.embedding(torch.from_numpy(packed.ids).to(device), self._words)
+        positions = functional.embedding(torch.from_numpy(packed.positions).to(device), self._positions)
+        return self._embeddings_norm(words.to(dtype) + positions.to(dtype))
 
-    def _plan(self, group: Group) -> AttentionPlan:
-        bias = self.position_bias(group.length).expand(len(group.lengths), -1, -1, -1)
-        if group.is_ragged:
-            is_padding = torch.from_numpy(~group.is_token()).to(self.device)  # (num_texts, L)
-            bias = bias.masked_fill(is_padding[:, None, None, :], -math.inf)
-        num_heads = self.config.num_attention_heads
-        gather = torch.from_numpy(group.gather_rows(num_heads)).to(self.device)
-        scatter = torch.from_numpy(group.scatter_rows(num_heads)).to(self.device)
-        return AttentionPlan(group, bias.flatten(0, 1), gather, scatter)
 
-    def position_bias(self, length: int) -> Tensor:
-        """(heads, length, length) bias of query i for key j; it depends only on j - i."""
-        centre = self.config.max_length - 1
-        offsets = self._bias_by_offset[:, centre - length + 1 : centre + length]  # -(length - 1) .. length - 1
-        # Window w holds offsets w - (length - 1) .. w: the row of query i = length - 1 - w.
-        return offsets.unfold(1, length, 1).flip(1)
+def _linear_weights(tensors: dict[str, Tensor], name: str) -> LinearWeights:
+    return LinearWeights(
+        tensors[f"{name}.weight"],
+        tensors[f"{name}.bias"],
+        tensors.get(f"{name}.{SCALE}"),
+        tensors.get(f"{name}.{INPUT_FACTOR}"),
+    )
+
+
+def _stack(parts: list[LinearWeights]) -> LinearWeights:
+    """One product instead of several with the same input."""
+    if len(parts) == 1:
+        return parts[0]
+    scales = [part.scale for part in parts if part.scale is not None]
+    factors = [part.input_factor for part in parts if part.input_factor is not None]
+    same = all(torch.equal(factor, factors[0]) for factor in factors)
+    if len(scales) not in (0, len(parts)) or len(factors) not in (0, len(parts)) or not same:
+        raise WeightsError("query, key and value of a layer must be quantized alike: quantize the model again")
+    return LinearWeights(
+        torch.cat([part.weight for part in parts]),
+        torch.cat([part.bias for part in parts]),
+        torch.cat(scales) if scales else None,
+        factors[0] if factors else None,
+    )

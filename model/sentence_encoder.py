@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedq.model import device as devices
+from embedq.model.backend import choose_backend, dtype_name, resolve_dtype
 from embedq.model.config import MPNetConfig, read_config
 from embedq.model.dense import Dense
 from embedq.model.encoder import Precision, TokenizedText, TruncationSide
 from embedq.model.errors import ModelFormatError, ModelOptionError
-from embedq.model.linear import linear_for
 from embedq.model.modules import Modules, read_modules
 from embedq.model.mpnet import MPNet
 from embedq.model.packing import pack
@@ -44,7 +44,7 @@ class SentenceEncoder:
     """Fulfils `Encoder`. May be called from several threads; on one device they share its speed.
 
     Attributes: path (the model folder), name, embedding_dim (after Dense), max_seq_length (tokens, special ones
-    included), device, dtype, default_normalize, prompts (name to text), max_batch_tokens.
+    included), device, dtype, backend, default_normalize, prompts (name to text), max_batch_tokens.
     """
 
     def __init__(
@@ -54,7 +54,9 @@ class SentenceEncoder:
         name: str,
         revision: str | None,
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: str = "auto",
+        attention: str = "auto",
+        kernels: str = "auto",
         max_batch_tokens: int | None = None,
     ) -> None:
         """From a folder; most callers want `load`."""
@@ -63,22 +65,16 @@ class SentenceEncoder:
         self.path = path
         self.name = name
         self.device = device
-        self.dtype = dtype
         self.max_batch_tokens = max_batch_tokens or devices.BATCH_TOKENS[device.type]
         modules = read_modules(path)
         config = read_config(modules.transformer)
         self._checkpoint = Checkpoint(modules.transformer)
+        self.dtype = resolve_dtype(dtype, device, is_quantized=self._checkpoint.is_quantized)
+        self.backend = choose_backend(device, self.dtype, config, kernels=kernels, attention=attention)
         self._resolved_revision = revision
         self._set_up_texts(modules, config)
         self._set_up_vectors(modules, config)
-        self._model = MPNet(
-            config,
-            self._checkpoint,
-            device,
-            dtype,
-            max_scores=devices.MAX_SCORES[device.type],
-            make_linear=linear_for(device, dtype),
-        )
+        self._model = MPNet(config, self._checkpoint, self.backend)
 
     @classmethod
     def load(
@@ -88,26 +84,32 @@ class SentenceEncoder:
         device: str = "auto",
         dtype: str = "auto",
         revision: str | None = None,
+        attention: str = "auto",
+        kernels: str = "auto",
         max_batch_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> SentenceEncoder:
         """From a folder or by name, fetched if needed.
 
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. dtype: `auto`, `float32`, `float16`, `bfloat16`.
-        revision: of a model on the hub. max_batch_tokens: tokens encoded at once (None: as suits the device).
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. dtype: `float32`, `float16`, `bfloat16`, `int8` (quantized
+        weights, and tokens as they come), or `auto`: the fastest that keeps the meaning, on a CPU float32 or, where it
+        is faster, bfloat16. revision: of a model on the hub. attention: `auto`, `bmm`, `sdpa`, `native`. kernels:
+        `auto`, `native` (this package's own, for x86 CPUs with AVX-512), `torch`.
+        max_batch_tokens: tokens encoded at once (None: as suits the device).
         Raises ModelSourceError, ModelFormatError, WeightsError, DeviceError.
         """
         from embedq.model.sources import resolve_model
 
         chosen_device = devices.resolve_device(device)
-        chosen_dtype = devices.resolve_dtype(dtype, chosen_device)
         resolved = resolve_model(str(model), revision=revision, progress=progress)
         return cls(
             resolved.path,
             name=resolved.name,
             revision=resolved.revision,
             device=chosen_device,
-            dtype=chosen_dtype,
+            dtype=dtype,
+            attention=attention,
+            kernels=kernels,
             max_batch_tokens=max_batch_tokens,
         )
 
@@ -147,7 +149,7 @@ class SentenceEncoder:
     @property
     def placement(self) -> str:
         """Such as `cpu float32`."""
-        return f"{self.device} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.device} {dtype_name(self.dtype)}"
 
     def resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:

@@ -27,6 +27,7 @@ IGNORED = ("lm_head.", "pooler.", "embeddings.position_ids")
 MAX_NAMES_SHOWN = 8
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_INT8 = "I8"
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -59,8 +60,22 @@ class Checkpoint:
         except (SafetensorError, OSError) as err:
             raise _unreadable(path, err) from err
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def is_int8(self, name: str) -> bool:
+        """Whether a tensor is there and stored as int8."""
+        return self._dtypes.get(name) == _INT8
+
+    @property
+    def is_quantized(self) -> bool:
+        return _INT8 in self._dtypes.values()
+
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises one WeightsError that names every tensor missing, unexpected, of another shape or no float."""
+        """Raises one WeightsError that names every tensor missing, unexpected, of another shape or no number.
+
+        int8 is for matrices of which `<name>_scale` is expected too.
+        """
         problems = [
             *(f"{name} is missing" for name in expected if name not in self._shapes),
             *(f"{name} is unexpected" for name in self._shapes if name not in expected),
@@ -73,6 +88,7 @@ class Checkpoint:
                 f"{name} has dtype {self._dtypes[name]}, expected one of {', '.join(_FLOAT_DTYPES)}"
                 for name in expected
                 if self._dtypes.get(name, "F32") not in _FLOAT_DTYPES
+                and not (self.is_int8(name) and f"{name}_scale" in expected)
             ),
         ]
         if problems:

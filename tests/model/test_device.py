@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
@@ -61,39 +59,3 @@ def test_a_gpu_too_many_says_what_is_there(machine: pytest.MonkeyPatch) -> None:
 def test_an_unknown_device_says_what_is_known(machine: pytest.MonkeyPatch, device: str) -> None:
     with pytest.raises(DeviceError, match="unknown device"):
         devices.resolve_device(device)
-
-
-@pytest.mark.parametrize(
-    ("capability", "expected", "why"),
-    [((8, 0), torch.bfloat16, "tensor cores"), ((7, 5), torch.float16, "no bfloat16 units")],
-)
-def test_auto_dtype_on_cuda_goes_by_capability_and_says_why(
-    machine: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capability: tuple[int, int],
-    expected: torch.dtype,
-    why: str,
-) -> None:
-    give_cuda(machine, capability=capability)
-    with caplog.at_level(logging.INFO, logger="embedq.model.device"):
-        assert devices.resolve_dtype("auto", torch.device("cuda:0")) == expected
-    assert why in caplog.text
-
-
-@pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_auto_dtype_elsewhere_is_float32(device: str) -> None:
-    assert devices.resolve_dtype("auto", torch.device(device)) == torch.float32
-
-
-def test_a_dtype_by_name() -> None:
-    assert devices.resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
-
-
-def test_int8_says_that_it_is_not_supported_yet() -> None:
-    with pytest.raises(DeviceError, match=r"does not support quantized weights.*float32, float16, bfloat16"):
-        devices.resolve_dtype("int8", torch.device("cpu"))
-
-
-def test_an_unknown_dtype_says_what_is_known() -> None:
-    with pytest.raises(DeviceError, match="unknown dtype 'fp32'"):
-        devices.resolve_dtype("fp32", torch.device("cpu"))

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from embedq.model import linear
-from embedq.model.linear import OneDnnLinear, PlainLinear, linear_for
+from embedq.model.linear import LinearWeights, OneDnnLinear, PlainLinear, onednn_agrees
 
-CPU = torch.device("cpu")
 #: Largest difference relative to the largest output.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 
@@ -19,9 +18,9 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 @pytest.fixture(autouse=True)
 def _fresh_trial() -> Iterator[None]:
-    linear._onednn_agrees.cache_clear()
+    onednn_agrees.cache_clear()
     yield
-    linear._onednn_agrees.cache_clear()
+    onednn_agrees.cache_clear()
 
 
 @needs_onednn
@@ -30,7 +29,8 @@ def _fresh_trial() -> Iterator[None]:
 def test_fused_is_plain(dtype: torch.dtype, rows: int) -> None:
     torch.manual_seed(rows)
     x, weight, bias, residual = (torch.randn(shape).to(dtype) for shape in ((rows, 96), (56, 96), (56,), (rows, 56)))
-    fused, plain = OneDnnLinear(weight, bias), PlainLinear(weight, bias)
+    weights = LinearWeights(weight, bias)
+    fused, plain = OneDnnLinear(weights), PlainLinear(weights)
     kept = residual.clone()
     for ours, expected in (
         (fused(x), plain(x)),
@@ -42,22 +42,21 @@ def test_fused_is_plain(dtype: torch.dtype, rows: int) -> None:
 
 
 @needs_onednn
-def test_bfloat16_on_a_cpu_is_fused_and_float32_is_not() -> None:
-    assert linear_for(CPU, torch.bfloat16) is OneDnnLinear
-    assert linear_for(CPU, torch.float32) is PlainLinear
-    assert linear_for(torch.device("cuda"), torch.bfloat16) is PlainLinear
+def test_bfloat16_is_fused_and_float32_is_not() -> None:
+    assert onednn_agrees(torch.bfloat16)
+    assert not onednn_agrees(torch.float32)
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError])
-def test_a_torch_without_the_operators_gets_plain_ones(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+def test_a_torch_without_the_operators_does_without(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def gone() -> None:
         raise error("no such operator")
 
     monkeypatch.setattr(linear, "_operators", gone)
-    assert linear_for(CPU, torch.bfloat16) is PlainLinear
+    assert not onednn_agrees(torch.bfloat16)
 
 
 @needs_onednn
 def test_operators_that_mean_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OneDnnLinear, "gelu", lambda self, x: self(x))
-    assert linear_for(CPU, torch.bfloat16) is PlainLinear
+    assert not onednn_agrees(torch.bfloat16)

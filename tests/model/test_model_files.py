@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny import edit_json, random_sequences, write_json
 
 from embedq.model import ModelFormatError, WeightsError
+from embedq.model.backend import choose_backend
 from embedq.model.config import read_config
-from embedq.model.linear import PlainLinear
 from embedq.model.mpnet import MPNet
 from embedq.model.packing import pack
 from embedq.model.weights import Checkpoint
@@ -21,14 +21,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def states(folder: Path) -> torch.Tensor:
-    model = MPNet(
-        read_config(folder),
-        Checkpoint(folder),
-        torch.device("cpu"),
-        torch.float32,
-        max_scores=1 << 20,
-        make_linear=PlainLinear,
-    )
+    config = read_config(folder)
+    model = MPNet(config, Checkpoint(folder), choose_backend(torch.device("cpu"), torch.float32, config))
     with torch.inference_mode():
         return model(pack(random_sequences([9, 4])))
 

@@ -1,0 +1,62 @@
+// Sixteen floats at a time: what AVX-512 does not bring along. Included after the target is chosen.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace embedq {
+namespace {
+
+using bfloat16 = uint16_t;
+
+inline __mmask16 first(long count) { return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1); }
+
+inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
+inline __m512 load(const bfloat16* from) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+inline __m256i round_to_bfloat16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+inline void store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
+inline void store(bfloat16* to, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round_to_bfloat16(x)); }
+
+// e^x within 2 units in the last place, 0 for what is too small; NaN for NaN and infinity.
+inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-120.0f), x);  // in this order NaN stays NaN
+    const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts
+    rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-2.12194440e-4f), rest);
+    __m512 sum = _mm512_set1_ps(1.0f / 5040);  // Taylor: |rest| <= ln 2 / 2
+    for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(coefficient));
+    return _mm512_scalef_ps(sum, power);
+}
+
+// x * Phi(x), the exact GELU. Phi of the smaller side is erfc(t) / 2 = exp(-t^2) u P(u) / 2 with t = |x| / sqrt 2 and
+// u = 1 / (1 + 0.3 t): the form of Abramowitz and Stegun 7.1.26 with P of degree 8, fitted to 2e-8 relative.
+inline __m512 gelu(__m512 x) {
+    const __m512 t = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.707106781f));
+    const __m512 u = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_fmadd_ps(t, _mm512_set1_ps(0.3f), _mm512_set1_ps(1.0f)));
+    __m512 sum = _mm512_set1_ps(-0.12952272593975067f);
+    for (const float coefficient : {0.48556238412857056f, -0.5122764110565186f, 0.5477181077003479f,
+                                    -0.09464944154024124f, 0.21492552757263184f, 0.14833930134773254f,
+                                    0.17071521282196045f, 0.1691880077123642f})
+        sum = _mm512_fmadd_ps(sum, u, _mm512_set1_ps(coefficient));
+    const __m512 decay = exponential(_mm512_fnmadd_ps(t, t, _mm512_setzero_ps()));
+    const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(_mm512_mul_ps(decay, u), sum), _mm512_set1_ps(0.5f));
+    const __mmask16 is_positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, is_positive, _mm512_set1_ps(1.0f), tail));
+}
+
+}  // namespace
+}  // namespace embedq
