@@ -11,15 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from embedq.model.config import MAX_DISTANCE, MPNetConfig
+from embedq.model.errors import WeightsError
 from embedq.model.linear import Linear
 from embedq.model.packing import Group, Packed, plan_groups
-from embedq.model.weights import Checkpoint
+from embedq.model.runtime import Runtime, runtime_for
+from embedq.model.weights import Checkpoint, is_finite
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -133,6 +138,27 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), value)
 
 
+def _check_range(checkpoint: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise WeightsError(
+                f"{checkpoint.folder}: {prefix}{name} has weights beyond float16's 65504: use bfloat16 or float32"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A micro-batch on the device: all that the layers need beside the weights."""
+
+    #: (T,) int32
+    ids: Tensor
+    #: (T,) int32, rows of the position table
+    positions: Tensor
+    #: (n,) int64 tokens of each text
+    lengths: Tensor
+    plans: list[AttentionPlan]
+
+
 class MPNet:
     """Weights on one device in one dtype; calls share nothing that changes, so threads may."""
 
@@ -145,6 +171,7 @@ class MPNet:
         *,
         max_scores: int,
         make_linear: Callable[[Tensor, Tensor], Linear],
+        runtime: Runtime | None = None,
     ) -> None:
         """Raises WeightsError if the checkpoint's tensors are not exactly those of `config`.
 
@@ -157,12 +184,15 @@ class MPNet:
         self.dtype = dtype
         self._max_scores_per_head = max_scores // config.num_attention_heads
         self._make_linear = make_linear
+        self._runtime = runtime or runtime_for(device)
         self._load_embeddings(checkpoint)
         self.layers = [self._load_layer(checkpoint, index) for index in range(config.num_hidden_layers)]
 
     def _read(self, checkpoint: Checkpoint, prefix: str, names: list[str]) -> dict[str, Tensor]:
         stored = checkpoint.read([prefix + name for name in names])
         tensors = {name: stored[prefix + name].to(self.device, self.dtype) for name in names}
+        if self.dtype == torch.float16:
+            _check_range(checkpoint, prefix, tensors)
         # A view of the file keeps all of it mapped: vectors must not, where matrices are converted and let go.
         return {name: tensor.clone() if tensor.dim() == 1 else tensor for name, tensor in tensors.items()}
 
@@ -206,34 +236,42 @@ class MPNet:
 
     def __call__(self, packed: Packed) -> Tensor:
         """(T, hidden) the last layer's output."""
-        for hidden in self.hidden_states(packed):  # noqa: B007 - the last one is the result
-            pass
-        return hidden
+        return self.run(self.place(packed))
 
     def hidden_states(self, packed: Packed) -> Iterator[Tensor]:
         """(T, hidden) for the embeddings, then for each layer: transformers' `output_hidden_states`, packed."""
-        hidden = self._embed(packed)
+        return self._states(self.place(packed))
+
+    def place(self, packed: Packed) -> Placed:
+        """All that a micro-batch needs of the host, in one upload: from here on nothing waits for either side."""
+        groups = list(plan_groups(packed.lengths, self._max_scores_per_head))
+        num_heads = self.config.num_attention_heads
+        arrays: list[NDArray[Any]] = [packed.ids, packed.positions, np.array(packed.lengths)]
+        for group in groups:
+            arrays += [group.gather_rows(num_heads), group.scatter_rows(num_heads), ~group.is_token()]
+        ids, positions, lengths, *rest = self._runtime.upload(arrays)
+        plans = [self._plan(group, *rest[3 * index : 3 * index + 3]) for index, group in enumerate(groups)]
+        return Placed(ids, positions, lengths, plans)
+
+    def run(self, placed: Placed) -> Tensor:
+        """(T, hidden) the last layer's output."""
+        for hidden in self._states(placed):  # noqa: B007 - the last one is the result
+            pass
+        return hidden
+
+    def _states(self, placed: Placed) -> Iterator[Tensor]:
+        hidden = self._embeddings_norm(
+            functional.embedding(placed.ids, self._words) + functional.embedding(placed.positions, self._positions)
+        )
         yield hidden
-        plans = [self._plan(group) for group in plan_groups(packed.lengths, self._max_scores_per_head)]
         for layer in self.layers:
-            hidden = layer(hidden, plans)
+            hidden = layer(hidden, placed.plans)
             yield hidden
 
-    def _embed(self, packed: Packed) -> Tensor:
-        ids = torch.from_numpy(packed.ids).to(self.device)
-        positions = torch.from_numpy(packed.positions).to(self.device)
-        return self._embeddings_norm(
-            functional.embedding(ids, self._words) + functional.embedding(positions, self._positions)
-        )
-
-    def _plan(self, group: Group) -> AttentionPlan:
+    def _plan(self, group: Group, gather: Tensor, scatter: Tensor, is_padding: Tensor) -> AttentionPlan:
         bias = self.position_bias(group.length).expand(len(group.lengths), -1, -1, -1)
         if group.is_ragged:
-            is_padding = torch.from_numpy(~group.is_token()).to(self.device)  # (num_texts, L)
             bias = bias.masked_fill(is_padding[:, None, None, :], -math.inf)
-        num_heads = self.config.num_attention_heads
-        gather = torch.from_numpy(group.gather_rows(num_heads)).to(self.device)
-        scatter = torch.from_numpy(group.scatter_rows(num_heads)).to(self.device)
         return AttentionPlan(group, bias.flatten(0, 1), gather, scatter)
 
     def position_bias(self, length: int) -> Tensor:
