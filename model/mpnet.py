@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,12 +139,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), value)
 
 
-def _check_range(checkpoint: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise WeightsError(
-                f"{checkpoint.folder}: {prefix}{name} has weights beyond float16's 65504: use bfloat16 or float32"
-            )
+def _check_float16(folder: Path, stored: dict[str, Tensor]) -> None:
+    for name, tensor in stored.items():
+        if not is_finite(tensor.half()):
+            raise WeightsError(f"{folder}: {name} has weights beyond float16's 65504: use bfloat16 or float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +189,9 @@ class MPNet:
 
     def _read(self, checkpoint: Checkpoint, prefix: str, names: list[str]) -> dict[str, Tensor]:
         stored = checkpoint.read([prefix + name for name in names])
-        tensors = {name: stored[prefix + name].to(self.device, self.dtype) for name in names}
         if self.dtype == torch.float16:
-            _check_range(checkpoint, prefix, tensors)
+            _check_float16(checkpoint.folder, stored)
+        tensors = {name: stored[prefix + name].to(self.device, self.dtype) for name in names}
         # A view of the file keeps all of it mapped: vectors must not, where matrices are converted and let go.
         return {name: tensor.clone() if tensor.dim() == 1 else tensor for name, tensor in tensors.items()}
 
