@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +12,17 @@ import torch
 from fake_cuda import CUDA, Op, Watch, empty_model, fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tiny import random_sequences, write_folder, write_json, write_modules
 
 from embedq.model import SentenceEncoder
 from embedq.model.budget import Footprint, tokens_that_fit
 from embedq.model.config import MPNetConfig
+from embedq.model.mpnet import MPNet
 from embedq.model.packing import pack
 from embedq.model.pooling import POOLING_MODES, pool
+from embedq.model.runtime import CudaRuntime
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Three groups, two of them ragged.
@@ -114,19 +119,22 @@ def test_linears_see_no_padding(folder: Path) -> None:
     assert scores == groups * 2
 
 
-@pytest.mark.parametrize("part", ["positions", "gather", "scatter", "bias"])
+@pytest.mark.parametrize("part", ["ids", "positions", "lengths", "gather", "scatter", "is_padding"])
 def test_a_tensor_left_on_the_host_is_an_error(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     """The check of the tests above can fail."""
+    upload = CudaRuntime.upload
+    place = ["ids", "positions", "lengths", "gather", "scatter", "is_padding"].index(part)
+
+    def forgetful(runtime: CudaRuntime, arrays: Sequence[Any]) -> list[torch.Tensor]:
+        tensors = upload(runtime, arrays)
+        tensors[place] = tensors[place].to("cpu")
+        return tensors
+
+    monkeypatch.setattr(CudaRuntime, "upload", forgetful)
     with fake_gpu(), torch.no_grad():
         model = empty_model(BASE, torch.float16, MAX_SCORES)
-        placed = model.place(pack(random_sequences([9, 5])))
-        if part == "positions":
-            object.__setattr__(placed, part, placed.positions.to("cpu"))
-        else:
-            plan = placed.plans[0]
-            object.__setattr__(plan, part, getattr(plan, part).to("cpu"))
         with pytest.raises(RuntimeError, match="at least two devices"):
-            model.run(placed)
+            pooled(model, random_sequences([9, 8]), ["mean"])
 
 
 def test_a_look_at_a_value_is_seen() -> None:
@@ -139,14 +147,18 @@ def test_a_look_at_a_value_is_seen() -> None:
             hidden.sum().item()
 
 
+def pooled(model: MPNet, sequences: list[NDArray[np.int32]], modes: list[str]) -> torch.Tensor:
+    placed = model.place(pack(sequences))
+    return pool(model.run(placed), placed.lengths, modes)
+
+
 def peak_bytes(lengths: list[int], dtype: torch.dtype, modes: list[str], config: MPNetConfig = BASE) -> int:
     """What a micro-batch has live at most beside the weights."""
     with fake_gpu() as watch, torch.no_grad():
         model = empty_model(config, dtype, MAX_SCORES)
         watch.reset()
         weights = watch.live_bytes()
-        placed = model.place(pack([np.zeros(length, dtype=np.int32) for length in lengths]))
-        pool(model.run(placed), placed.lengths, modes)
+        pooled(model, [np.zeros(length, dtype=np.int32) for length in lengths], modes)
         return watch.peak_bytes - weights
 
 
