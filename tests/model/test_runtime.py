@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fake_cuda import FinishedEvent
+from tiny import random_sequences
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from embedq.model import runtime
+from embedq.model import SentenceEncoder, TokenizedText, runtime
 from embedq.model.runtime import CudaRuntime, HostRuntime, Memory, is_out_of_memory, runtime_for
 
 CPU = torch.device("cpu")
@@ -156,6 +160,25 @@ def test_what_was_read_survives_the_next_download(late: LateDevice) -> None:
 def test_a_column_is_downloaded_as_it_looks(late: LateDevice) -> None:
     matrix = torch.arange(6.0).view(2, 3)
     assert CudaRuntime(CPU).download(matrix[:, 1])().tolist() == [1.0, 4.0]
+
+
+def test_an_encoder_gives_the_same_through_pinned_buffers_and_from_several_threads(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [
+        [TokenizedText(ids, False) for ids in random_sequences([length, 64 - length, 7, 1])]
+        for length in range(1, 64, 3)
+    ]
+    encoder = SentenceEncoder.load(tiny_folder, device="cpu", dtype="float32", max_batch_tokens=66)
+    expected = [encoder.encode_tokens(batch) for batch in batches]
+    monkeypatch.setattr(torch.cuda, "Event", FinishedEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    monkeypatch.setattr(runtime, "_pinned", lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
+    encoder._runtime = encoder._model._runtime = CudaRuntime(CPU)
+    with ThreadPoolExecutor(4) as pool:
+        for ours, wanted in zip(pool.map(encoder.encode_tokens, batches), expected, strict=True):
+            np.testing.assert_allclose(ours, wanted, atol=2e-6 * np.abs(wanted).max())
 
 
 def test_the_gpu_is_current_and_tf32_off_inside_the_scope_only(monkeypatch: pytest.MonkeyPatch) -> None:
