@@ -18,6 +18,7 @@ from embedq.model.errors import (
     ModelNotFoundError,
     ModelOptionError,
     ModelSourceError,
+    NonFiniteError,
     TextTooLongError,
     WeightsError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ModelNotFoundError",
     "ModelOptionError",
     "ModelSourceError",
+    "NonFiniteError",
     "NoopEncoder",
     "Precision",
     "SentenceEncoder",

@@ -10,11 +10,12 @@ Knows packed tokens and the position bias; no weights. What an attention prepare
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,8 +32,11 @@ Attend = Callable[[Tensor], Tensor]
 class Attention(Protocol):
     """softmax(Q K^T / sqrt(head_dim) + bias) V, each text by itself."""
 
-    def prepare(self, lengths: Sequence[int]) -> Attend:
-        """For a batch of texts with so many tokens each, the longest first."""
+    def host_arrays(self, lengths: Sequence[int]) -> list[NDArray[Any]]:
+        """What `prepare` needs on the device, for a batch of texts with so many tokens each, the longest first."""
+
+    def prepare(self, lengths: Sequence[int], arrays: Sequence[Tensor]) -> Attend:
+        """arrays: `host_arrays` of the same lengths, on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,22 @@ class GroupedAttention:
     #: bounds the attention scores computed at once, in elements (heads * n * L * L)
     max_scores: int
 
-    def prepare(self, lengths: Sequence[int]) -> Attend:
+    def host_arrays(self, lengths: Sequence[int]) -> list[NDArray[Any]]:
         heads = self.position_bias.num_heads
-        plans = [self._plan(group) for group in plan_groups(lengths, self.max_scores // heads)]
+        return [
+            array
+            for group in self._groups(lengths)
+            for array in (group.gather_rows(heads), group.scatter_rows(heads), ~group.is_token())
+        ]
+
+    def _groups(self, lengths: Sequence[int]) -> Iterator[Group]:
+        return plan_groups(lengths, self.max_scores // self.position_bias.num_heads)
+
+    def prepare(self, lengths: Sequence[int], arrays: Sequence[Tensor]) -> Attend:
+        heads = self.position_bias.num_heads
+        plans = [
+            self._plan(group, *arrays[3 * index : 3 * index + 3]) for index, group in enumerate(self._groups(lengths))
+        ]
 
         def attend(qkv: Tensor) -> Tensor:
             hidden = qkv.shape[1] // 3
@@ -80,14 +97,11 @@ class GroupedAttention:
 
         return attend
 
-    def _plan(self, group: Group) -> GroupPlan:
-        heads = self.position_bias.num_heads
+    def _plan(self, group: Group, gather: Tensor, scatter: Tensor, is_padding: Tensor) -> GroupPlan:
+        """is_padding: (num_texts, L)"""
         bias = self.position_bias.matrix(group.length).expand(len(group.lengths), -1, -1, -1)
         if group.is_ragged:
-            is_padding = torch.from_numpy(~group.is_token()).to(bias.device)  # (num_texts, L)
             bias = bias.masked_fill(is_padding[:, None, None, :], -math.inf)
-        gather = torch.from_numpy(group.gather_rows(heads)).to(bias.device)
-        scatter = torch.from_numpy(group.scatter_rows(heads)).to(bias.device)
         return GroupPlan(group, bias.contiguous(), gather, scatter)
 
 

@@ -10,7 +10,8 @@
     │   └── WeightsError          tensors missing, unexpected or of another shape
     ├── ModelOptionError          the model cannot do what this call asks for
     │   └── TextTooLongError      over max_seq_length, and truncation was declined
-    └── DeviceError               the device or dtype is not available here
+    ├── NonFiniteError            a text's vector came out with NaN or Inf
+    └── DeviceError               the device or dtype is not available here, or one text is too much for it
 
 This tree stands apart from `embedq.producer.errors`: neither package may import the other. The worker
 translates a `ModelError` into a job failure by its `code`.
@@ -64,6 +65,17 @@ class TextTooLongError(ModelOptionError):
 
     def __init__(self, message: str, text_index: int) -> None:
         super().__init__(message)
+        self.text_index = text_index
+
+
+class NonFiniteError(ModelError):
+    """`text_index` is the place of the guilty text in the call's list, `reason` the message without it."""
+
+    code = "non_finite"
+
+    def __init__(self, reason: str, text_index: int) -> None:
+        super().__init__(f"text {text_index}: {reason}")
+        self.reason = reason
         self.text_index = text_index
 
 

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,7 +27,8 @@ from embedq.model.linear import Linear, LinearWeights
 from embedq.model.packing import Packed
 from embedq.model.position_bias import PositionBias
 from embedq.model.quantization import quantize
-from embedq.model.weights import Checkpoint
+from embedq.model.runtime import Runtime, runtime_for
+from embedq.model.weights import Checkpoint, is_finite
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -111,10 +116,25 @@ class Layer:
         return self.output_norm(self.output.add(self.intermediate.gelu(x), x))
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A micro-batch on the device: all that the layers need beside the weights."""
+
+    #: (T,) int32
+    ids: Tensor
+    #: (T,) int32, rows of the position table
+    positions: Tensor
+    #: (n,) int64 tokens of each text
+    lengths: Tensor
+    attend: Attend
+
+
 class MPNet:
     """Weights on one device in one dtype; calls share nothing that changes, so threads may."""
 
-    def __init__(self, config: MPNetConfig, checkpoint: Checkpoint, backend: Backend) -> None:
+    def __init__(
+        self, config: MPNetConfig, checkpoint: Checkpoint, backend: Backend, runtime: Runtime | None = None
+    ) -> None:
         """Raises WeightsError if the checkpoint's tensors are not exactly those of `config`.
 
         Weights that are stored as floats are quantized here if the backend's dtype is int8, all of them; those of a
@@ -124,6 +144,7 @@ class MPNet:
         checkpoint.check(self._shapes)
         self.config = config
         self._backend = backend
+        self._runtime = runtime or runtime_for(backend.device)
         self._quantizes = backend.dtype == torch.int8 and not checkpoint.is_quantized
         self._load_embeddings(checkpoint)
         self.layers = [self._load_layer(checkpoint, index) for index in range(config.num_hidden_layers)]
@@ -131,6 +152,8 @@ class MPNet:
     def _read(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
         """As stored, by their names without `prefix`."""
         stored = checkpoint.read([name for name in self._shapes if name.startswith(prefix)])
+        if self._backend.activation_dtype == torch.float16:
+            _check_float16(checkpoint.folder, stored)
         # A view of the file keeps all of it mapped: vectors must not, where matrices are converted and let go.
         return {
             name.removeprefix(prefix): tensor.clone() if tensor.dim() == 1 else tensor
@@ -176,24 +199,43 @@ class MPNet:
 
     def __call__(self, packed: Packed) -> Tensor:
         """(T, hidden) the last layer's output."""
-        for hidden in self.hidden_states(packed):  # noqa: B007 - the last one is the result
-            pass
-        return hidden
+        return self.run(self.place(packed))
 
     def hidden_states(self, packed: Packed) -> Iterator[Tensor]:
         """(T, hidden) for the embeddings, then for each layer: transformers' `output_hidden_states`, packed."""
-        hidden = self._embed(packed)
+        return self._states(self.place(packed))
+
+    def place(self, packed: Packed) -> Placed:
+        """All that a micro-batch needs of the host, in one upload: from here on nothing waits for either side."""
+        arrays: list[NDArray[Any]] = [packed.ids, packed.positions, np.array(packed.lengths)]
+        arrays += self._attention.host_arrays(packed.lengths)
+        ids, positions, lengths, *rest = self._runtime.upload(arrays)
+        return Placed(ids, positions, lengths, self._attention.prepare(packed.lengths, rest))
+
+    def run(self, placed: Placed) -> Tensor:
+        """(T, hidden) the last layer's output."""
+        for hidden in self._states(placed):  # noqa: B007 - the last one is the result
+            pass
+        return hidden
+
+    def _states(self, placed: Placed) -> Iterator[Tensor]:
+        hidden = self._embed(placed)
         yield hidden
-        attend = self._attention.prepare(packed.lengths)
         for layer in self.layers:
-            hidden = layer(hidden, attend)
+            hidden = layer(hidden, placed.attend)
             yield hidden
 
-    def _embed(self, packed: Packed) -> Tensor:
-        device, dtype = self._backend.device, self._backend.residual_dtype
-        words = functional.embedding(torch.from_numpy(packed.ids).to(device), self._words)
-        positions = functional.embedding(torch.from_numpy(packed.positions).to(device), self._positions)
+    def _embed(self, placed: Placed) -> Tensor:
+        dtype = self._backend.residual_dtype
+        words = functional.embedding(placed.ids, self._words)
+        positions = functional.embedding(placed.positions, self._positions)
         return self._embeddings_norm(words.to(dtype) + positions.to(dtype))
+
+
+def _check_float16(folder: Path, stored: dict[str, Tensor]) -> None:
+    for name, tensor in stored.items():
+        if not is_finite(tensor.half()):
+            raise WeightsError(f"{folder}: {name} has weights beyond float16's 65504: use bfloat16 or float32")
 
 
 def _linear_weights(tensors: dict[str, Tensor], name: str) -> LinearWeights:

@@ -10,9 +10,11 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from embedq.model.attention import Attend
@@ -166,7 +168,10 @@ class NativeAttention:
         self._bias = position_bias.by_offset.float().contiguous()
         self._struct = _AttentionStruct(position_bias.num_heads, head_dim, self._bias.data_ptr(), position_bias.reach)
 
-    def prepare(self, lengths: Sequence[int]) -> Attend:
+    def host_arrays(self, _lengths: Sequence[int]) -> list[NDArray[Any]]:
+        return []
+
+    def prepare(self, lengths: Sequence[int], _arrays: Sequence[Tensor]) -> Attend:
         sizes = np.array(lengths, dtype=np.int64)
         starts = np.cumsum(sizes) - sizes
 

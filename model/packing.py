@@ -75,7 +75,7 @@ class Group:
 
 def pack(sequences: Sequence[NDArray[np.int32]]) -> Packed:
     """`sequences` must come longest first, none of them empty."""
-    ids = np.concatenate(sequences)
+    ids = np.concatenate(sequences, dtype=np.int32)
     lengths = np.array([len(sequence) for sequence in sequences])
     return Packed(ids, _positions(ids, lengths), tuple(lengths.tolist()))
 

@@ -49,7 +49,8 @@ def _mean_sqrt_len(hidden: Tensor, lengths: Tensor) -> Tensor:
 
 def _weighted_mean(hidden: Tensor, lengths: Tensor) -> Tensor:
     """Weights 1, 2, 3...: later tokens count more."""
-    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    # Without `output_size` a GPU's host would wait for the sum of the lengths.
+    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths, output_size=len(hidden))
     weights = torch.arange(1, len(hidden) + 1, device=hidden.device) - starts
     return _sum(hidden * weights[:, None], lengths) / (lengths * (lengths + 1) / 2)[:, None]
 

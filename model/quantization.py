@@ -37,7 +37,7 @@ MIN_ROWS = 32
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(out, in) int8 and (out,) float32 scales, each row's range cut where the squared error is least."""
-    parts = [_quantize_rows_of_weight(part.float()) for part in weight.split(ROWS_AT_ONCE)]
+    parts = [_quantize_rows_of_weight(part.float()) for part in torch.split(weight, ROWS_AT_ONCE)]
     values, scales = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(scales)
 

@@ -6,6 +6,7 @@ the whole way for everybody else.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -19,16 +20,19 @@ from torch import Tensor
 
 from embedq.model import device as devices
 from embedq.model.backend import choose_backend, dtype_name, resolve_dtype
+from embedq.model.budget import Footprint, tokens_that_fit
 from embedq.model.config import MPNetConfig, read_config
 from embedq.model.dense import Dense
 from embedq.model.encoder import Precision, TokenizedText, TruncationSide
-from embedq.model.errors import ModelFormatError, ModelOptionError
+from embedq.model.errors import ModelFormatError, ModelOptionError, NonFiniteError
 from embedq.model.modules import Modules, read_modules
 from embedq.model.mpnet import MPNet
 from embedq.model.packing import pack
 from embedq.model.pooling import pool
 from embedq.model.precision import postprocess
+from embedq.model.runtime import Read, runtime_for
 from embedq.model.tokenizer import Tokenizer
+from embedq.model.warm_up import proven_budget
 from embedq.model.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -36,8 +40,8 @@ if TYPE_CHECKING:
 
 #: Hex digits of the weights' SHA-256 in a revision.
 REVISION_DIGITS = 12
-#: Micro-batches whose vectors may wait on the device.
-MAX_PENDING = 16
+#: Micro-batches that may be under way at once, so that the host prepares the next while the device computes.
+MAX_PENDING = 4
 
 
 class SentenceEncoder:
@@ -58,6 +62,7 @@ class SentenceEncoder:
         attention: str = "auto",
         kernels: str = "auto",
         max_batch_tokens: int | None = None,
+        allow_tf32: bool = False,
     ) -> None:
         """From a folder; most callers want `load`."""
         if max_batch_tokens is not None and max_batch_tokens < 1:
@@ -65,7 +70,7 @@ class SentenceEncoder:
         self.path = path
         self.name = name
         self.device = device
-        self.max_batch_tokens = max_batch_tokens or devices.BATCH_TOKENS[device.type]
+        self._runtime = runtime_for(device, allow_tf32=allow_tf32)
         modules = read_modules(path)
         config = read_config(modules.transformer)
         self._checkpoint = Checkpoint(modules.transformer)
@@ -74,7 +79,8 @@ class SentenceEncoder:
         self._resolved_revision = revision
         self._set_up_texts(modules, config)
         self._set_up_vectors(modules, config)
-        self._model = MPNet(config, self._checkpoint, self.backend)
+        self._model = MPNet(config, self._checkpoint, self.backend, self._runtime)
+        self.max_batch_tokens = max_batch_tokens or self._tokens_for_device()
 
     @classmethod
     def load(
@@ -87,6 +93,8 @@ class SentenceEncoder:
         attention: str = "auto",
         kernels: str = "auto",
         max_batch_tokens: int | None = None,
+        warm_up: bool | None = None,
+        allow_tf32: bool = False,
         progress: Progress | None = None,
     ) -> SentenceEncoder:
         """From a folder or by name, fetched if needed.
@@ -95,14 +103,16 @@ class SentenceEncoder:
         weights, and tokens as they come), or `auto`: the fastest that keeps the meaning, on a CPU float32 or, where it
         is faster, bfloat16. revision: of a model on the hub. attention: `auto`, `bmm`, `sdpa`, `native`. kernels:
         `auto`, `native` (this package's own, for x86 CPUs with AVX-512), `torch`.
-        max_batch_tokens: tokens encoded at once (None: as suits the device).
+        max_batch_tokens: tokens encoded at once (None: as suits the device and its free memory). warm_up: try the
+        largest micro-batches now (None: on cuda). allow_tf32: on cuda, compute float32 products with 10 bits of
+        mantissa.
         Raises ModelSourceError, ModelFormatError, WeightsError, DeviceError.
         """
         from embedq.model.sources import resolve_model
 
         chosen_device = devices.resolve_device(device)
         resolved = resolve_model(str(model), revision=revision, progress=progress)
-        return cls(
+        encoder = cls(
             resolved.path,
             name=resolved.name,
             revision=resolved.revision,
@@ -111,7 +121,11 @@ class SentenceEncoder:
             attention=attention,
             kernels=kernels,
             max_batch_tokens=max_batch_tokens,
+            allow_tf32=allow_tf32,
         )
+        if warm_up if warm_up is not None else chosen_device.type == "cuda":
+            encoder.warm_up()
+        return encoder
 
     def _set_up_texts(self, modules: Modules, config: MPNetConfig) -> None:
         self.prompts = modules.prompts
@@ -140,6 +154,29 @@ class SentenceEncoder:
                 )
             self._dense.append(Dense(dense, self.device))
             self.embedding_dim = dense.out_features
+
+    def _tokens_for_device(self) -> int:
+        most = devices.BATCH_TOKENS[self.device.type]
+        with self._runtime.scope():
+            memory = self._runtime.memory()
+        if memory is None:
+            return most
+        config = self._model.config
+        pooled_dim = len(self._pooling_modes) * config.hidden_size
+        max_scores = devices.MAX_SCORES[self.device.type]
+        footprint = Footprint(config, self._element_bytes(), max_scores, self.max_seq_length, pooled_dim)
+        return tokens_that_fit(footprint, memory.free, most)
+
+    def _element_bytes(self) -> int:
+        """Of the widest value between two products; sums of int8 are int32."""
+        return 4 if self.dtype == torch.int8 else self.backend.activation_dtype.itemsize
+
+    def warm_up(self) -> None:
+        """Lowers `max_batch_tokens` to what is proven to fit the device. Raises DeviceError if no long text does."""
+        with torch.inference_mode():
+            self.max_batch_tokens = proven_budget(
+                self._encode_packed, self._runtime, longest=self.max_seq_length, num_tokens=self.max_batch_tokens
+            )
 
     @cached_property
     def revision(self) -> str:
@@ -176,6 +213,7 @@ class SentenceEncoder:
         """(n, embedding_dim) float32 in the batch's order, before normalisation.
 
         Computed in micro-batches of at most `max_batch_tokens`, so memory does not grow with the batch.
+        Raises NonFiniteError, so that no vector has NaN or Inf.
         """
         return self._encode_tokens(batch, _report_nothing)
 
@@ -185,16 +223,42 @@ class SentenceEncoder:
             return vectors
         lengths = np.array([text.num_tokens for text in batch])
         self._check_ids(batch, lengths)
-        pending: list[tuple[NDArray[np.int64], Tensor]] = []
-        with torch.inference_mode():
+        pending: deque[tuple[NDArray[np.int64], Read]] = deque()
+        with torch.inference_mode(), self._runtime.scope():
             for rows in self._cut(np.argsort(-lengths, kind="stable"), lengths):
-                pending.append((rows, self._encode_packed([batch[i].ids for i in rows])))
-                # Copying waits for the device; a few batches at once let a GPU work ahead.
+                pending.append((rows, self._runtime.download(self._encode_packed([batch[i].ids for i in rows]))))
                 if len(pending) == MAX_PENDING:
-                    _copy_out(pending, vectors)
+                    self._collect(*pending.popleft(), batch, vectors)
                 report(len(rows))
-            _copy_out(pending, vectors)
+            while pending:
+                self._collect(*pending.popleft(), batch, vectors)
         return vectors
+
+    def _collect(
+        self, rows: NDArray[np.int64], read: Read, batch: Sequence[TokenizedText], vectors: NDArray[np.float32]
+    ) -> None:
+        part = read()
+        finite = np.isfinite(part).all(axis=1)
+        if not finite.all():
+            index = int(rows[~finite].min())
+            raise NonFiniteError(self._why_not_finite(batch[index].ids), index)
+        vectors[rows] = part
+
+    def _why_not_finite(self, ids: NDArray[np.int32]) -> str:
+        """Looks for the first layer with NaN or Inf, by encoding the text once more alone."""
+        hint = (
+            "; float16 ends at 65504: use bfloat16 or float32" if self.backend.activation_dtype == torch.float16 else ""
+        )
+        return f"the model's output is not finite: NaN or Inf {self._where_not_finite(ids)}{hint}"
+
+    def _where_not_finite(self, ids: NDArray[np.int32]) -> str:
+        packed = pack([ids])
+        for index, hidden in enumerate(self._model.hidden_states(packed)):
+            if not hidden.isfinite().all():
+                return f"first in layer {index} of {len(self._model.layers)}" if index else "already in the embeddings"
+        if not self._encode_packed([ids]).isfinite().all():
+            return "behind the last layer, in Pooling or Dense"
+        return "in this micro-batch, yet not when the text is encoded alone"
 
     def _check_ids(self, batch: Sequence[TokenizedText], lengths: NDArray[np.int64]) -> None:
         """An id out of range reads foreign memory on a CPU and kills a GPU's context."""
@@ -205,6 +269,8 @@ class SentenceEncoder:
                 f"text {index} has {lengths[index]} tokens: this model takes 1 to {config.max_length}"
             )
         ids = np.concatenate([text.ids for text in batch])
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ModelOptionError(f"token ids must be vectors of whole numbers, not {ids.dtype} of {ids.ndim} axes")
         if ids.min() < 0 or ids.max() >= config.vocab_size:
             raise ModelOptionError(f"token ids must be 0 to {config.vocab_size - 1}, not {ids.min()} to {ids.max()}")
 
@@ -218,10 +284,10 @@ class SentenceEncoder:
             num_tokens += length
         yield order[start:]
 
-    def _encode_packed(self, sequences: list[NDArray[np.int32]]) -> Tensor:
+    def _encode_packed(self, sequences: Sequence[NDArray[np.int32]]) -> Tensor:
         """(n, embedding_dim) on the device, for sequences the longest first."""
-        packed = pack(sequences)
-        hidden, lengths = devices.for_segments(self._model(packed), torch.tensor(packed.lengths))
+        placed = self._model.place(pack(sequences))
+        hidden, lengths = devices.for_segments(self._model.run(placed), placed.lengths)
         vectors = pool(hidden, lengths, self._pooling_modes).to(self.device)
         for dense in self._dense:
             vectors = dense(vectors)
@@ -254,7 +320,7 @@ class SentenceEncoder:
         """(n, d) in the order of `texts`; a single str gives (1, d).
 
         normalize: None means as the model says. dimensions: cut, then normalise. precision: float32, float16,
-        binary, ubinary. Raises ModelOptionError, TextTooLongError if `truncate` is false.
+        binary, ubinary. Raises ModelOptionError, NonFiniteError, TextTooLongError if `truncate` is false.
         """
         batch = self.tokenize(
             [texts] if isinstance(texts, str) else texts,
@@ -265,12 +331,6 @@ class SentenceEncoder:
         with _progress_bar(len(batch)) if show_progress else nullcontext(_report_nothing) as report:
             vectors = self._encode_tokens(batch, report)
         return self.postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)
-
-
-def _copy_out(pending: list[tuple[NDArray[np.int64], Tensor]], vectors: NDArray[np.float32]) -> None:
-    for rows, part in pending:
-        vectors[rows] = part.cpu().numpy()
-    pending.clear()
 
 
 def _report_nothing(_num_texts: int) -> None: ...

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from embedq.model.errors import ModelFormatError
+from embedq.model.errors import ModelFormatError, NonFiniteError
 from embedq.model.known_files import ALL_MPNET_BASE_V2, ALL_MPNET_BASE_V2_FILES, WEIGHTS_FILE
 from embedq.model.manifest import sha256_of
 from embedq.model.progress import Progress, SilentProgress
@@ -68,7 +68,12 @@ def verify_model(
     yield Check("load", True, f"{encoder.embedding_dim} dimensions, {dtype_name} on {encoder.device}")
     tolerance = COSINE_TOLERANCE.get(dtype_name, LOOSE_TOLERANCE)
     texts = sorted({text for first, second, _ in EXPECTED_COSINES for text in (first, second)}, key=len)
-    vectors = dict(zip(texts, _encode(encoder, texts), strict=True))
+    try:
+        vectors = dict(zip(texts, _encode(encoder, texts), strict=True))
+    except NonFiniteError as err:
+        yield Check("finite", False, str(err))
+        return
+    yield Check("finite", True, f"{len(texts)} texts")
     yield from _check_vectors(encoder, vectors, tolerance)
     if ALL_MPNET_BASE_V2 in {resolved.name, _known_name(weights_sha256)}:
         yield _check_cosines(vectors, tolerance)
@@ -117,10 +122,8 @@ def _hash_files(folder: Path, paths: Iterable[str], progress: Progress) -> dict[
 
 
 def _check_vectors(encoder: SentenceEncoder, vectors: Vectors, tolerance: float) -> Iterator[Check]:
-    """What holds for any model: finite, of length 1 where it normalises, the same alone as in a batch."""
+    """What holds for any model: of length 1 where it normalises, the same alone as in a batch."""
     texts, together = list(vectors), np.stack(list(vectors.values()))
-    finite = bool(np.isfinite(together).all())
-    yield Check("finite", finite, f"{len(texts)} texts" if finite else "NaN or infinity in the vectors")
     if encoder.default_normalize:
         error = float(np.abs(np.linalg.norm(together, axis=1) - 1).max())
         yield Check("unit length", error <= NORM_TOLERANCE, f"off by {error:.1e}, at most {NORM_TOLERANCE:.0e}")

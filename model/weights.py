@@ -101,6 +101,7 @@ class Checkpoint:
 
         They are views of the mapped file: nothing is copied until it is touched, and the mapping ends when the last
         of them is dropped. So ask for a few at a time where they are converted.
+        Raises WeightsError naming a tensor with NaN or Inf.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -112,6 +113,9 @@ class Checkpoint:
                     tensors.update({name: file.get_tensor(self._places[name][1]) for name in names_here})
             except (SafetensorError, OSError) as err:
                 raise _unreadable(path, err) from err
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise WeightsError(f"{self.folder}: {name} holds NaN or Inf: the model is broken, get another copy")
         return tensors
 
     def sha256(self) -> str:
@@ -122,6 +126,12 @@ class Checkpoint:
                 while chunk := file.read(_HASH_CHUNK_BYTES):
                     digest.update(chunk)
         return digest.hexdigest()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor Inf; reads it once, without a copy."""
+    # A sum with one of them is not finite; nor may be a sum of large numbers, hence the second look.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _weight_files(folder: Path) -> list[Path]:

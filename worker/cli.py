@@ -130,8 +130,9 @@ def main(debug: bool) -> None:
 def _setting(name: str, **attributes: Any) -> Any:
     """An option with the setting's default and environment variable."""
     default = WorkerSettings.__dataclass_fields__[name].default
+    flag = name.replace("_", "-")
     return click.option(
-        "--" + name.replace("_", "-"),
+        f"--{flag}/--no-{flag}" if attributes.get("is_flag") else f"--{flag}",
         name,
         default=default,
         show_default=default is not None,
@@ -144,7 +145,17 @@ _ENCODER_SETTINGS = (
     _setting("revision", help="Branch, tag or commit of a hub model."),
     _setting("device", help="auto, cpu, cuda, cuda:1 or mps."),
     _setting("dtype", help="auto, float32, bfloat16 or float16."),
-    _setting("max_batch_tokens", type=int, help="Tokens of one micro-batch; default: what the device is good for."),
+    _setting(
+        "max_batch_tokens",
+        type=int,
+        help="Tokens of one micro-batch; default: what the device is good for and its free memory allows.",
+    ),
+    _setting(
+        "warm_up",
+        is_flag=True,
+        help="Encode the largest micro-batches first, and halve their tokens until they fit; default: on cuda.",
+    ),
+    _setting("allow_tf32", is_flag=True, help="Products of float32 on cuda with 10 bits of mantissa (TF32)."),
 )
 _QUEUE_SETTINGS = (
     _setting("lease_s", type=float, help="Seconds a claimed job is this worker's without a sign of life."),

@@ -23,4 +23,6 @@ def load_encoder(settings: WorkerSettings) -> Encoder:
         dtype=settings.dtype,
         revision=settings.revision,
         max_batch_tokens=settings.max_batch_tokens,
+        warm_up=settings.warm_up,
+        allow_tf32=settings.allow_tf32,
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from embedq.model import Encoder, ModelError, TextTooLongError, TokenizedText
+from embedq.model import Encoder, ModelError, NonFiniteError, TextTooLongError, TokenizedText
 from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import JobFailedError
 from embedq.producer.wire import EmbedRequest
@@ -66,7 +66,8 @@ class Engine:
 
     def __init__(self, encoder: Encoder, max_batch_tokens: int | None = None, worker_name: str = "") -> None:
         self.encoder = encoder
-        self.max_batch_tokens = max_batch_tokens or encoder.max_batch_tokens
+        # An encoder may have found on its device that less fits than was asked for.
+        self.max_batch_tokens = min(max_batch_tokens or encoder.max_batch_tokens, encoder.max_batch_tokens)
         self.worker_name = worker_name
 
     def tokenize(self, request: EmbedRequest) -> Work:
@@ -193,6 +194,8 @@ def _job_failure(err: Exception) -> JobFailedError:
 
 
 def _encode_failure(err: Exception, index: int) -> JobFailedError:
-    """Retryable: the text alone may pass on another device or another day; out of memory is the usual reason."""
+    """Retryable, but for NaN and Inf: the text alone may pass another day; out of memory is the usual reason."""
+    if isinstance(err, NonFiniteError):
+        return JobFailedError(f"text {index}: {err.reason}", code=err.code, text_index=index)
     message = f"text {index} could not be encoded: {type(err).__name__}: {err}"
     return JobFailedError(message, code="encode_failed", retryable=True, text_index=index)

@@ -73,9 +73,11 @@ class WorkerProcess:
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", "embedq.worker.cli", "worker", "--url", self.url, "--name", self._name]
         for setting in fields(self._settings):
-            value = getattr(self._settings, setting.name)
-            if value is not None:
-                command += [f"--{setting.name.replace('_', '-')}", str(value)]
+            value, flag = getattr(self._settings, setting.name), setting.name.replace("_", "-")
+            if isinstance(value, bool):
+                command.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                command += [f"--{flag}", str(value)]
         return [*command, "--", self._queue]
 
 

@@ -27,6 +27,10 @@ class WorkerSettings:
     dtype: str = "auto"
     #: tokens of one micro-batch; None: what the device is good for
     max_batch_tokens: int | None = None
+    #: encode the largest micro-batches before the first job, to know that they fit; None: on cuda
+    warm_up: bool | None = None
+    #: on cuda, float32 products with 10 bits of mantissa
+    allow_tf32: bool = False
     #: seconds for which a claimed job is this worker's without a sign of life
     lease_s: float = 60.0
     #: seconds from SIGTERM to the end
@@ -60,7 +64,8 @@ class WorkerSettings:
                 try:
                     given[name] = read(text)
                 except ValueError as err:
-                    raise ConfigurationError(f"{variable}={text!r} is not a number") from err
+                    wanted = "true or false" if read is _read_switch else "a number"
+                    raise ConfigurationError(f"{variable}={text!r} is not {wanted}") from err
         return cls(**given)
 
 
@@ -68,5 +73,15 @@ def environment_variable(setting: str) -> str:
     return ENVIRONMENT_PREFIX + setting.upper()
 
 
+def _read_switch(text: str) -> bool:
+    """As click reads a flag's environment variable."""
+    if text.lower() in ("1", "true", "t", "yes", "y", "on"):
+        return True
+    if text.lower() in ("0", "false", "f", "no", "n", "off"):
+        return False
+    raise ValueError(text)
+
+
 _NUMBERS: dict[str, Any] = {"max_batch_tokens": int, "max_claim_jobs": int, "lease_s": float, "grace_s": float}
-_READERS: dict[str, Any] = {field.name: _NUMBERS.get(field.name, str) for field in fields(WorkerSettings)}
+_SWITCHES: dict[str, Any] = {"warm_up": _read_switch, "allow_tf32": _read_switch}
+_READERS: dict[str, Any] = {field.name: (_NUMBERS | _SWITCHES).get(field.name, str) for field in fields(WorkerSettings)}

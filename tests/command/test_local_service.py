@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from embedq.producer import ConfigurationError, EmbedQueue
-from embedq.worker import processes, redis_server
+from embedq.worker import WorkerSettings, cli, processes, redis_server
+from embedq.worker.local import WorkerProcess
 from embedq.worker.redis_server import RedisServer, free_port
 
 EMBEDQ = [sys.executable, "-m", "embedq.worker.cli"]
@@ -127,6 +129,13 @@ def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(short_path: Pa
 
 
 # --- up
+
+
+def test_every_setting_reaches_the_worker_as_the_flag_it_is(short_path: Path) -> None:
+    settings = WorkerSettings(model="noop:8", warm_up=False, allow_tf32=True, lease_s=5.0)
+    command = WorkerProcess("unix:///none", "embed", settings, short_path / "log")._command()
+    parsed = cli.worker.make_context("worker", command[command.index("worker") + 1 :]).params
+    assert WorkerSettings(**{field.name: parsed[field.name] for field in fields(WorkerSettings)}) == settings
 
 
 def test_up_serves_and_keeps_its_data(run: Run, short_path: Path) -> None:

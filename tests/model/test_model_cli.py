@@ -142,12 +142,20 @@ def test_verify_takes_a_dtype(tiny: Path) -> None:
 
 def test_verify_finds_vectors_that_are_not_finite(tiny: Path) -> None:
     weights = load_file(tiny / "model.safetensors")
-    weights["encoder.layer.1.output.LayerNorm.weight"][:] = np.nan
+    weights["encoder.layer.1.output.LayerNorm.weight"][:] = 3e38
     save_file(weights, tiny / "model.safetensors")
-    with np.errstate(invalid="ignore"):
-        exit_code, checks = _checks(tiny)
+    exit_code, checks = _checks(tiny)
     assert exit_code == 1
-    assert not checks["finite"]
+    assert checks == {"files": True, "load": True, "finite": False}
+
+
+def test_verify_names_a_weight_that_is_not_finite(tiny: Path) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    weights["encoder.layer.1.output.LayerNorm.weight"][3] = np.nan
+    save_file(weights, tiny / "model.safetensors")
+    result = _run("verify", tiny, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "encoder.layer.1.output.LayerNorm.weight holds NaN or Inf" in result.stdout
 
 
 def test_verify_counts_weights_that_cannot_be_loaded_as_a_failed_check(tiny: Path) -> None:

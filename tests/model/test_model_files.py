@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import edit_json, random_sequences, write_json
+from tiny import edit_json, random_sequences, reference, reference_states, write_folder, write_json
 
 from embedq.model import ModelFormatError, WeightsError
 from embedq.model.backend import choose_backend
 from embedq.model.config import read_config
 from embedq.model.mpnet import MPNet
 from embedq.model.packing import pack
-from embedq.model.weights import Checkpoint
+from embedq.model.weights import Checkpoint, is_finite
 
 Tensors = dict[str, torch.Tensor]
 
 
-def states(folder: Path) -> torch.Tensor:
+def states(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     config = read_config(folder)
-    model = MPNet(config, Checkpoint(folder), choose_backend(torch.device("cpu"), torch.float32, config))
+    model = MPNet(config, Checkpoint(folder), choose_backend(torch.device("cpu"), dtype, config))
     with torch.inference_mode():
         return model(pack(random_sequences([9, 4])))
 
@@ -152,6 +152,60 @@ def test_a_long_list_of_problems_is_shortened(own_folder: Path) -> None:
     edit_json(own_folder / "config.json", num_hidden_layers=12)
     with pytest.raises(WeightsError, match=r"is missing; .* and 152 more$"):
         states(own_folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    ["encoder.layer.1.intermediate.dense.weight", "embeddings.LayerNorm.bias", "embeddings.word_embeddings.weight"],
+)
+def test_a_tensor_that_is_not_finite_is_named(own_folder: Path, name: str, value: float) -> None:
+    def spoil(tensors: Tensors) -> Tensors:
+        tensors[name].view(-1)[-1] = value
+        return tensors
+
+    rewrite(own_folder, spoil)
+    with pytest.raises(WeightsError, match=rf"{name} holds NaN or Inf"):
+        states(own_folder)
+
+
+def test_large_weights_are_no_infinity(own_folder: Path) -> None:
+    def enlarge(tensors: Tensors) -> Tensors:
+        tensors["embeddings.word_embeddings.weight"][:] = 3e38  # the sum of two is none
+        return tensors
+
+    rewrite(own_folder, enlarge)
+    assert is_finite(Checkpoint(own_folder).read(["embeddings.word_embeddings.weight"]).popitem()[1])
+
+
+def test_weights_beyond_float16_are_named_where_it_is_asked_for(own_folder: Path) -> None:
+    def enlarge(tensors: Tensors) -> Tensors:
+        tensors["encoder.layer.0.output.dense.weight"][3, 3] = 70000.0
+        return tensors
+
+    rewrite(own_folder, enlarge)
+    assert states(own_folder).isfinite().all()
+    with pytest.raises(WeightsError, match=r"encoder.layer.0.output.dense.weight has weights beyond float16's 65504"):
+        states(own_folder, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 21, "num_attention_heads": 3, "intermediate_size": 37},
+        {"hidden_size": 770, "num_attention_heads": 10, "intermediate_size": 99, "num_hidden_layers": 1},
+        {"hidden_size": 5, "num_attention_heads": 5, "intermediate_size": 1},
+        {"hidden_size": 13, "num_attention_heads": 1, "intermediate_size": 7},
+    ],
+    ids=lambda shape: f"{shape['hidden_size']} in {shape['num_attention_heads']} heads",
+)
+def test_odd_sizes_give_the_references_numbers(tmp_path: Path, shape: dict[str, Any]) -> None:
+    folder = write_folder(tmp_path, **shape)
+    ours, theirs = states(folder), reference(folder)
+    expected = torch.cat([reference_states(theirs, ids)[-1] for ids in random_sequences([9, 4])])
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    half = states(folder, torch.bfloat16).float()
+    assert torch.nn.functional.cosine_similarity(half, expected).min() > 0.98
 
 
 def test_a_tensor_that_is_there_twice_is_an_error(own_folder: Path) -> None:

@@ -171,8 +171,9 @@ def test_weights_in_float16_on_disk_load_into_float32(tmp_path: Path, tiny_folde
 
 #: A shape that the native kernels take, with two sizes of heads.
 WIDE = {"hidden_size": 128, "intermediate_size": 96, "relative_attention_num_buckets": 20}
-#: Mean difference of a hidden state to the reference, relative to the mean state.
-SAME = {torch.float32: 1e-5, torch.bfloat16: 7e-2}
+#: Mean difference of a hidden state to the reference, relative to the mean state: random wide weights magnify each
+#: rounding.
+SAME = {torch.float32: 1e-5, torch.bfloat16: 0.15}
 
 
 @pytest.mark.parametrize("dtype", SAME, ids=str)

@@ -160,7 +160,8 @@ def test_every_attention_is_the_naive_one(
     else:
         product = {"bmm": batched_product, "sdpa": sdpa_product}[name]
         attention = GroupedAttention(PositionBias(bias.by_offset.to(dtype)), product, max_scores=heads * 5_000)
-    context = attention.prepare(lengths)(qkv)
+    arrays = [torch.from_numpy(array) for array in attention.host_arrays(lengths)]
+    context = attention.prepare(lengths, arrays)(qkv)
     expected = naive_attention(qkv, lengths, bias)
     assert context.dtype == dtype
     assert (context.double() - expected).abs().max() <= 5 * TOLERANCE[dtype] * expected.abs().max()
@@ -173,7 +174,7 @@ def test_the_longest_texts_are_attended_to(dtype: torch.dtype) -> None:
     lengths = [native.MAX_KEYS, native.MAX_KEYS - 1, 1]
     bias = PositionBias.from_buckets(torch.randn(32, 2), max_length=native.MAX_KEYS)
     qkv = torch.randn(sum(lengths), 3 * 64).to(dtype)
-    context = NativeAttention(bias, 32, dtype).prepare(lengths)(qkv)
+    context = NativeAttention(bias, 32, dtype).prepare(lengths, [])(qkv)
     expected = naive_attention(qkv, lengths, bias)
     assert (context.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 

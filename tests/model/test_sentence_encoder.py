@@ -158,8 +158,10 @@ def test_half_precision_pools_in_float32(tiny_folder: Path, encoder: SentenceEnc
 def test_bad_ways_to_load_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelOptionError, match="max_batch_tokens"):
         SentenceEncoder.load(tiny_folder, max_batch_tokens=0)
-    with pytest.raises(DeviceError, match="int8"):
-        SentenceEncoder.load(tiny_folder, dtype="int8")
+    with pytest.raises(DeviceError, match="unknown dtype 'int4'"):
+        SentenceEncoder.load(tiny_folder, dtype="int4")
+    with pytest.raises(ModelOptionError, match="unknown attention 'flash'"):
+        SentenceEncoder.load(tiny_folder, attention="flash")
     with pytest.raises(ModelNotFoundError):
         SentenceEncoder.load(tmp_path / "nowhere")
 

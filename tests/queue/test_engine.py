@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedq.model import NoopEncoder, TokenizedText
+from embedq.model import NonFiniteError, NoopEncoder, TokenizedText
 from embedq.producer import EmbedOptions, JobFailedError
 from embedq.producer.wire import EmbedRequest
 from embedq.worker import tasks
@@ -55,6 +55,36 @@ def test_a_vector_that_is_not_finite_never_leaves() -> None:
     with pytest.raises(JobFailedError, match="text 1: the model's output is not finite") as caught:
         engine.run(request("fine", "four words make nan"))
     assert (caught.value.code, caught.value.text_index) == ("non_finite", 1)
+
+
+def test_an_encoder_that_refuses_to_give_nan_fails_the_guilty_job_alone() -> None:
+    class StrictEncoder(MoodyEncoder):
+        def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
+            rows = super().encode_tokens(batch)
+            for index, row in enumerate(rows):
+                if np.isnan(row).any():
+                    raise NonFiniteError("NaN or Inf first in layer 2 of 12", index)
+            return rows
+
+    engine = Engine(StrictEncoder())
+    works = [engine.tokenize(request(f"word {n}")) for n in range(5)]
+    works.insert(2, engine.tokenize(request("fine", "also fine", "four words make nan")))
+    [batch] = engine.plan(works)
+    engine.encode(batch)
+    for place, work in enumerate(works):
+        if place != 2:
+            assert engine.finish(work).vectors.shape == (1, 8)
+    with pytest.raises(JobFailedError, match=r"^text 2: NaN or Inf first in layer 2 of 12") as caught:
+        engine.finish(works[2])
+    assert (caught.value.code, caught.value.text_index, caught.value.retryable) == ("non_finite", 2, False)
+
+
+def test_a_budget_that_the_encoder_lowered_counts() -> None:
+    encoder = NoopEncoder(8)
+    encoder.max_batch_tokens = 40
+    assert Engine(encoder, max_batch_tokens=100).max_batch_tokens == 40
+    assert Engine(encoder, max_batch_tokens=30).max_batch_tokens == 30
+    assert Engine(encoder).max_batch_tokens == 40
 
 
 def test_a_failed_job_is_encoded_no_further() -> None:

@@ -498,15 +498,19 @@ def test_settings_come_from_the_environment() -> None:
         "EMBEDQ_LEASE_S": "5",
         "EMBEDQ_MAX_BATCH_TOKENS": "99",
         "EMBEDQ_DEVICE": "",
+        "EMBEDQ_WARM_UP": "no",
+        "EMBEDQ_ALLOW_TF32": "1",
     }
     settings = WorkerSettings.from_environment(environment)
-    assert settings == WorkerSettings(model="noop:4", lease_s=5.0, max_batch_tokens=99)
+    assert settings == WorkerSettings(model="noop:4", lease_s=5.0, max_batch_tokens=99, warm_up=False, allow_tf32=True)
+    assert WorkerSettings.from_environment({}).warm_up is None
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"EMBEDQ_LEASE_S": "soon"}, "EMBEDQ_LEASE_S='soon' is not a number"),
+        ({"EMBEDQ_WARM_UP": "maybe"}, "EMBEDQ_WARM_UP='maybe' is not true or false"),
         ({"EMBEDQ_LEASE_S": "0"}, "lease_s must be 1 to 86400 seconds, not 0"),
         ({"EMBEDQ_GRACE_S": "-1"}, "grace_s must be 0 to 86400"),
         ({"EMBEDQ_MAX_BATCH_TOKENS": "0"}, "max_batch_tokens must be 1 or more"),
