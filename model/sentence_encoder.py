@@ -8,28 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from embedq.model import device as devices
+from embedq.model.calibration import Calibration, own_calibration, shipped_calibration
 from embedq.model.config import MPNetConfig, read_config
 from embedq.model.dense import Dense
-from embedq.model.encoder import Precision, TokenizedText, TruncationSide
+from embedq.model.encoder import ChunkedText, Output, Precision, TokenizedText, TruncationSide
 from embedq.model.errors import ModelFormatError, ModelOptionError
 from embedq.model.linear import linear_for
 from embedq.model.modules import Modules, read_modules
 from embedq.model.mpnet import MPNet
 from embedq.model.packing import pack
 from embedq.model.pooling import pool
-from embedq.model.precision import postprocess
-from embedq.model.tokenizer import Tokenizer
+from embedq.model.precision import Ranges, check_ranges, postprocess, postprocess_states
+from embedq.model.similarity import similarity
+from embedq.model.slices import slices_of, stack
+from embedq.model.tokenizer import CHARS_PER_TOKEN, Tokenizer
 from embedq.model.weights import Checkpoint
+from embedq.model.windows import mean_of_windows
 
 if TYPE_CHECKING:
     from embedq.model.progress import Progress
@@ -40,11 +44,28 @@ REVISION_DIGITS = 12
 MAX_PENDING = 16
 
 
+class EncodeOptions(TypedDict, total=False):
+    """What `encode` takes beside the texts and `output`; explained there."""
+
+    prompt: str | None
+    prompt_name: str | None
+    normalize: bool | None
+    dimensions: int | None
+    precision: Precision
+    ranges: ArrayLike | None
+    truncate: bool
+    truncation_side: TruncationSide
+    chunk: bool
+    chunk_overlap: int | None
+    show_progress: bool
+
+
 class SentenceEncoder:
     """Fulfils `Encoder`. May be called from several threads; on one device they share its speed.
 
-    Attributes: path (the model folder), name, embedding_dim (after Dense), max_seq_length (tokens, special ones
-    included), device, dtype, default_normalize, prompts (name to text), max_batch_tokens.
+    Attributes: path (the model folder), name, embedding_dim (after Dense), token_dim (before pooling),
+    max_seq_length (tokens, special ones included), device, dtype, default_normalize, prompts (name to text),
+    similarity_fn_name (cosine, dot, euclidean or manhattan), max_batch_tokens.
     """
 
     def __init__(
@@ -56,6 +77,7 @@ class SentenceEncoder:
         device: torch.device,
         dtype: torch.dtype,
         max_batch_tokens: int | None = None,
+        calibration: Path | None = None,
     ) -> None:
         """From a folder; most callers want `load`."""
         if max_batch_tokens is not None and max_batch_tokens < 1:
@@ -65,6 +87,7 @@ class SentenceEncoder:
         self.device = device
         self.dtype = dtype
         self.max_batch_tokens = max_batch_tokens or devices.BATCH_TOKENS[device.type]
+        self._own_calibration = Calibration.read(calibration) if calibration else own_calibration(path)
         modules = read_modules(path)
         config = read_config(modules.transformer)
         self._checkpoint = Checkpoint(modules.transformer)
@@ -89,12 +112,14 @@ class SentenceEncoder:
         dtype: str = "auto",
         revision: str | None = None,
         max_batch_tokens: int | None = None,
+        calibration: str | Path | None = None,
         progress: Progress | None = None,
     ) -> SentenceEncoder:
         """From a folder or by name, fetched if needed.
 
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. dtype: `auto`, `float32`, `float16`, `bfloat16`.
         revision: of a model on the hub. max_batch_tokens: tokens encoded at once (None: as suits the device).
+        calibration: file of ranges for int8 and uint8 vectors (None: the model folder's, else what ships).
         Raises ModelSourceError, ModelFormatError, WeightsError, DeviceError.
         """
         from embedq.model.sources import resolve_model
@@ -109,13 +134,19 @@ class SentenceEncoder:
             device=chosen_device,
             dtype=chosen_dtype,
             max_batch_tokens=max_batch_tokens,
+            calibration=None if calibration is None else Path(calibration),
         )
 
     def _set_up_texts(self, modules: Modules, config: MPNetConfig) -> None:
         self.prompts = modules.prompts
         self._default_prompt_name = modules.default_prompt_name
         self.max_seq_length = min(modules.max_seq_length or config.max_length, config.max_length)
-        self._tokenizer = Tokenizer(modules.transformer, self.max_seq_length, lowercase=modules.lowercase)
+        self._tokenizer = Tokenizer(
+            modules.transformer,
+            self.max_seq_length,
+            lowercase=modules.lowercase,
+            pooled_prompt=modules.pooled_prompt,
+        )
         if self._tokenizer.max_id >= config.vocab_size:
             raise ModelFormatError(
                 f"{modules.transformer}: tokenizer.json has token id {self._tokenizer.max_id}, config.json only"
@@ -124,6 +155,9 @@ class SentenceEncoder:
 
     def _set_up_vectors(self, modules: Modules, config: MPNetConfig) -> None:
         self.default_normalize = modules.normalize
+        self.similarity_fn_name = modules.similarity
+        self.token_dim = config.hidden_size
+        self._pooled_prompt = modules.pooled_prompt
         self._pooling_modes = modules.pooling_modes
         if modules.pooling_dim not in (None, config.hidden_size):
             raise ModelFormatError(
@@ -149,6 +183,18 @@ class SentenceEncoder:
         """Such as `cpu float32`."""
         return f"{self.device} {str(self.dtype).removeprefix('torch.')}"
 
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The ranges of int8 and uint8 vectors: the file given, the model folder's own, or what ships for its weights.
+
+        None if there are none; `embedq model calibrate` makes them.
+        """
+        return self._own_calibration or shipped_calibration(self.name, self.revision)
+
+    @property
+    def calibration_digest(self) -> str:
+        return self.calibration.digest if self.calibration else ""
+
     def resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:
             return prompt
@@ -170,6 +216,11 @@ class SentenceEncoder:
         """Raises TextTooLongError, and ModelOptionError for what is no valid Unicode string."""
         return self._tokenizer(texts, prompt=prompt, truncate=truncate, truncation_side=truncation_side)
 
+    def tokenize_windows(
+        self, texts: Sequence[str], *, prompt: str = "", overlap: int | None = None
+    ) -> list[ChunkedText]:
+        return self._tokenizer.windows(texts, prompt=prompt, overlap=overlap)
+
     def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """(n, embedding_dim) float32 in the batch's order, before normalisation.
 
@@ -186,7 +237,8 @@ class SentenceEncoder:
         pending: list[tuple[NDArray[np.int64], Tensor]] = []
         with torch.inference_mode():
             for rows in self._cut(np.argsort(-lengths, kind="stable"), lengths):
-                pending.append((rows, self._encode_packed([batch[i].ids for i in rows])))
+                skipped = () if self._pooled_prompt else ([batch[i].skipped for i in rows],)
+                pending.append((rows, self._encode_packed([batch[i].ids for i in rows], *skipped)))
                 # Copying waits for the device; a few batches at once let a GPU work ahead.
                 if len(pending) == MAX_PENDING:
                     _copy_out(pending, vectors)
@@ -216,14 +268,36 @@ class SentenceEncoder:
             num_tokens += length
         yield order[start:]
 
-    def _encode_packed(self, sequences: list[NDArray[np.int32]]) -> Tensor:
-        """(n, embedding_dim) on the device, for sequences the longest first."""
+    def _encode_packed(self, sequences: list[NDArray[np.int32]], skipped: list[int] | None = None) -> Tensor:
+        """(n, embedding_dim) on the device, for sequences the longest first; `skipped` of each are not pooled."""
         packed = pack(sequences)
         hidden, lengths = devices.for_segments(self._model(packed), torch.tensor(packed.lengths))
-        vectors = pool(hidden, lengths, self._pooling_modes).to(self.device)
+        left_out = torch.tensor(skipped, device=lengths.device) if skipped else None
+        vectors = pool(hidden, lengths, self._pooling_modes, left_out).to(self.device)
         for dense in self._dense:
             vectors = dense(vectors)
         return vectors
+
+    def encode_states(self, batch: Sequence[TokenizedText]) -> list[NDArray[np.float32]]:
+        """The last hidden state of every token: a (num_tokens, token_dim) float32 for each text, in order."""
+        return self._encode_states(batch, _report_nothing)
+
+    def _encode_states(
+        self, batch: Sequence[TokenizedText], report: Callable[[int], None]
+    ) -> list[NDArray[np.float32]]:
+        states: list[NDArray[np.float32]] = [np.empty((0, self.token_dim), np.float32)] * len(batch)
+        if not batch:
+            return states
+        lengths = np.array([text.num_tokens for text in batch])
+        self._check_ids(batch, lengths)
+        with torch.inference_mode():
+            for rows in self._cut(np.argsort(-lengths, kind="stable"), lengths):
+                hidden = self._model(pack([batch[i].ids for i in rows])).float().cpu().numpy()
+                for row, part in zip(rows, np.split(hidden, np.cumsum(lengths[rows])[:-1]), strict=True):
+                    # A copy each: a view would keep the whole micro-batch alive.
+                    states[row] = part.copy()
+                report(len(rows))
+        return states
 
     def postprocess(
         self,
@@ -232,37 +306,128 @@ class SentenceEncoder:
         normalize: bool | None = None,
         dimensions: int | None = None,
         precision: Precision = "float32",
+        ranges: ArrayLike | None = None,
     ) -> NDArray[np.generic]:
+        """As `Encoder.postprocess`. ranges: (2, d), for int8 and uint8 in place of the model's own."""
         normalize = self.default_normalize if normalize is None else normalize
-        return postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)
+
+        def find_ranges(count: int) -> Ranges:
+            return self._ranges(count, normalize) if ranges is None else check_ranges(ranges, count)
+
+        return postprocess(
+            vectors, normalize=normalize, dimensions=dimensions, precision=precision, find_ranges=find_ranges
+        )
+
+    def _ranges(self, dimensions: int, normalized: bool) -> Ranges:
+        if self.calibration is None:
+            raise ModelOptionError(
+                f"int8 and uint8 vectors need ranges, and {self.name} has none: write them with embedq model calibrate"
+                " and load them with calibration=FILE (--calibration FILE), or give ranges"
+            )
+        return self.calibration.ranges_for(dimensions, normalized=normalized)
+
+    def postprocess_states(
+        self,
+        states: NDArray[np.float32],
+        *,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        precision: Precision = "float32",
+    ) -> NDArray[np.generic]:
+        return postprocess_states(states, normalize=normalize, dimensions=dimensions, precision=precision)
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], *, output: Literal["sentence"] = "sentence", **options: Unpack[EncodeOptions]
+    ) -> NDArray[np.generic]: ...
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], *, output: Literal["tokens"], **options: Unpack[EncodeOptions]
+    ) -> list[NDArray[np.generic]]: ...
 
     def encode(
         self,
         texts: str | Sequence[str],
         *,
+        output: Output = "sentence",
         prompt: str | None = None,
         prompt_name: str | None = None,
         normalize: bool | None = None,
         dimensions: int | None = None,
         precision: Precision = "float32",
+        ranges: ArrayLike | None = None,
         truncate: bool = True,
         truncation_side: TruncationSide = "right",
+        chunk: bool = False,
+        chunk_overlap: int | None = None,
         show_progress: bool = False,
-    ) -> NDArray[np.generic]:
+    ) -> NDArray[np.generic] | list[NDArray[np.generic]]:
         """(n, d) in the order of `texts`; a single str gives (1, d).
 
-        normalize: None means as the model says. dimensions: cut, then normalise. precision: float32, float16,
-        binary, ubinary. Raises ModelOptionError, TextTooLongError if `truncate` is false.
+        output: `tokens` gives a list of (num_tokens, d) instead, the last hidden state of every token, special ones
+        included; float32 or float16, normalised only if asked, never chunked.
+        normalize: None means as the model says. dimensions: cut, then normalise. precision: float32, float16, int8,
+        uint8, binary, ubinary; int8 and uint8 clamp what is out of their ranges. ranges: (2, d) float32 for them, in
+        place of the calibration's. chunk: a text longer than the model becomes overlapping windows, and its
+        vector their mean; `chunk_overlap` is how many tokens they share at least (None: an eighth of a window).
+        Beyond the result, memory does not grow with the number of texts.
+        Raises ModelOptionError; TextTooLongError if `truncate` is false, or for a text of more than 1,024 windows.
         """
-        batch = self.tokenize(
-            [texts] if isinstance(texts, str) else texts,
-            prompt=self.resolve_prompt(prompt, prompt_name),
-            truncate=truncate,
-            truncation_side=truncation_side,
+        texts = [texts] if isinstance(texts, str) else texts
+        _check_output(output, chunk, chunk_overlap, ranges)
+        prompt = self.resolve_prompt(prompt, prompt_name)
+        tokenize = partial(self._tokenizer, prompt=prompt, truncate=truncate, truncation_side=truncation_side)
+        windows = partial(self._tokenizer.windows, prompt=prompt, overlap=chunk_overlap)
+        finish_states = partial(
+            self.postprocess_states, normalize=normalize, dimensions=dimensions, precision=precision
         )
-        with _progress_bar(len(batch)) if show_progress else nullcontext(_report_nothing) as report:
-            vectors = self._encode_tokens(batch, report)
-        return self.postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)
+        finish = partial(
+            self.postprocess, normalize=normalize, dimensions=dimensions, precision=precision, ranges=ranges
+        )
+        # Asked of an empty array first, so that what cannot be given is refused before anything is encoded.
+        if output == "tokens":
+            finish_states(np.empty((0, self.token_dim), np.float32))
+        else:
+            finish(np.empty((0, self.embedding_dim), np.float32))
+        with _progress_bar(len(texts)) if show_progress else nullcontext(_report_nothing) as report:
+            slices = slices_of(texts, None if chunk else CHARS_PER_TOKEN * self.max_seq_length)
+            if output == "tokens":
+                return [
+                    finish_states(states)
+                    for first, part in slices
+                    for states in self._encode_states(tokenize(part, first=first), report)
+                ]
+            vectors = (
+                self._encode_windows(windows(part, first=first), report)
+                if chunk
+                else self._encode_tokens(tokenize(part, first=first), report)
+                for first, part in slices
+            )
+            return stack((finish(part) for part in vectors), len(texts))
+
+    def _encode_windows(self, texts: Sequence[ChunkedText], report: Callable[[int], None]) -> NDArray[np.float32]:
+        """(n, embedding_dim) float32 the mean of each text's windows."""
+        vectors = self._encode_tokens([window for text in texts for window in text.windows], _report_nothing)
+        report(len(texts))
+        return mean_of_windows(vectors, [len(text.windows) for text in texts])
+
+    def similarity(self, a: ArrayLike, b: ArrayLike) -> NDArray[np.float32]:
+        """(n, m) float32 by the model's own `similarity_fn_name`, of vectors (n, d) and (m, d); (d,) is one vector.
+
+        Raises ModelOptionError for shapes that do not fit.
+        """
+        return similarity(a, b, self.similarity_fn_name)
+
+
+def _check_output(output: Output, chunk: bool, chunk_overlap: int | None, ranges: ArrayLike | None) -> None:
+    """What contradicts itself whatever the model."""
+    if output not in get_args(Output):
+        raise ModelOptionError(f"output must be {' or '.join(get_args(Output))}, not {output!r}")
+    if chunk_overlap is not None and not chunk:
+        raise ModelOptionError("chunk_overlap needs chunk=True")
+    if output == "tokens" and (chunk or ranges is not None):
+        raise ModelOptionError("token output is neither chunked nor quantized: a token has one vector, in one window")
 
 
 def _copy_out(pending: list[tuple[NDArray[np.int64], Tensor]], vectors: NDArray[np.float32]) -> None:

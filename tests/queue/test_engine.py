@@ -82,7 +82,9 @@ def test_a_job_may_be_spread_over_micro_batches() -> None:
         ({"model": "other"}, "wrong_model", "wants model other, this worker serves noop:8"),
         ({"prompt_name": "query"}, "unsupported_option", "query"),
         ({"dimensions": 9}, "unsupported_option", "dimensions must be 1 to 8"),
-        ({"precision": "int8"}, "unsupported_option", "int8"),
+        ({"chunk": True, "chunk_overlap": 382}, "unsupported_option", "chunk_overlap must be 0 to 381"),
+        ({"chunk": True, "prompt": "word " * 382}, "unsupported_option", "the prompt leaves no room"),
+        ({"output": "tokens", "dimensions": 9}, "unsupported_option", "dimensions must be 1 to 8"),
         ({"truncate": False}, "text_too_long", "384"),
     ],
 )
