@@ -137,7 +137,7 @@ def test_vectors_and_similarities_are_sentence_transformers(variant: Any) -> Non
     )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=RANDOM_TEXTS, prompt=st.sampled_from([None, "", "the ", "xyz: ", "run"]))
 def test_random_texts_and_prompts_are_sentence_transformers(variant: Any, texts: list[str], prompt: str | None) -> None:
     encoder, theirs = variant[:2]
