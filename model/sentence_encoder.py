@@ -172,6 +172,10 @@ class SentenceEncoder:
                 )
             self._dense.append(Dense(dense, self.device))
             self.embedding_dim = dense.out_features
+        if self._own_calibration and (found := max(self._own_calibration.dimensions)) != self.embedding_dim:
+            raise ModelFormatError(
+                f"the calibration is for {found} dimensions, {self.path} has {self.embedding_dim}: calibrate this model"
+            )
 
     @cached_property
     def revision(self) -> str:

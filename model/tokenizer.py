@@ -112,7 +112,7 @@ class Tokenizer:
     def _assemble(self, ids: Sequence[int], skipped: int, truncated: bool = False) -> TokenizedText:
         whole = np.array([*self._prefix, *ids, *self._suffix], dtype=np.int32)
         # Something is always pooled: where a prompt's last word swallows the text, sentence-transformers pools nothing.
-        return TokenizedText(whole, truncated, min(skipped, len(whole) - 1))
+        return TokenizedText(whole, truncated, max(0, min(skipped, len(whole) - 1)))
 
     def _prompt_length(self, prompt: str) -> int:
         """Tokens to skip: those of the prompt by itself, as sentence-transformers counts them, but the closing one."""

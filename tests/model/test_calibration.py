@@ -88,6 +88,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, own_folder: Path) -> 
         load(own_folder, calibration=tmp_path / "nowhere.safetensors")
 
 
+def test_a_file_for_another_model_is_refused_at_once(tmp_path: Path, own_folder: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    file.write_bytes(Calibration({23: ranges(23)}, normalized=True).to_bytes({}))
+    with pytest.raises(ModelFormatError, match=r"the calibration is for 23 dimensions, .* has 24"):
+        load(own_folder, calibration=file)
+
+
 def test_other_dimensions_and_other_lengths_are_refused_with_what_to_do() -> None:
     calibration = Calibration({24: ranges(24)}, normalized=True)
     with pytest.raises(ModelOptionError, match="no ranges for 8 dimensions, only for 24: calibrate again with --dim"):
