@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from embedq.model.encoder import Encoder, Precision, TokenizedText, TruncationSide
+from embedq.model.calibration import Calibration, shipped_ranges
+from embedq.model.encoder import ChunkedText, Encoder, Output, Precision, TokenizedText, TruncationSide
 from embedq.model.errors import (
     DeviceError,
     ModelDownloadError,
@@ -23,11 +24,14 @@ from embedq.model.errors import (
     WeightsError,
 )
 from embedq.model.noop import NoopEncoder
+from embedq.model.precision import dequantize
 
 if TYPE_CHECKING:
     from embedq.model.sentence_encoder import SentenceEncoder
 
 __all__ = [
+    "Calibration",
+    "ChunkedText",
     "DeviceError",
     "Encoder",
     "ModelDownloadError",
@@ -39,12 +43,15 @@ __all__ = [
     "ModelSourceError",
     "NonFiniteError",
     "NoopEncoder",
+    "Output",
     "Precision",
     "SentenceEncoder",
     "TextTooLongError",
     "TokenizedText",
     "TruncationSide",
     "WeightsError",
+    "dequantize",
+    "shipped_ranges",
 ]
 
 

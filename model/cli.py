@@ -1,4 +1,4 @@
-"""`embedq model ...`: fetch a model, look into it, check it.
+"""`embedq model ...`: fetch a model, look into it, check it, calibrate it.
 
 Knows options and how results are shown. A `ModelError` is left to whoever runs the group: the command `embedq`
 prints it on one line.
@@ -9,11 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from embedq.model.calibrate import FEW_TEXTS, calibrate_model
+from embedq.model.errors import ModelOptionError
 from embedq.model.inspection import Inspection, inspect_model
+from embedq.model.samples import sample_sentences
 from embedq.model.sources import resolve_model
 from embedq.model.terminal import terminal_progress
 from embedq.model.verify import Check, verify_model
@@ -38,7 +42,7 @@ def _gives_json(command: Command) -> Command:
 
 @click.group("model")
 def model_group() -> None:
-    """Fetch a model, look into it, check it.
+    """Fetch a model, look into it, check it, calibrate it.
 
     NAME is a name such as all-mpnet-base-v2 (the default; or set EMBEDQ_MODEL), a hub id such as
     sentence-transformers/all-mpnet-base-v2, or the path of a folder. Fetched models are kept in EMBEDQ_CACHE,
@@ -131,6 +135,59 @@ def verify(name: str, revision: str | None, device: str, dtype: str, as_json: bo
         click.get_current_context().exit(1)
 
 
+@model_group.command(short_help="Write the ranges that int8 and uint8 vectors need.")
+@_takes_model
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write; as embedq_calibration.safetensors in the model's folder it is found by itself.",
+)
+@click.option(
+    "--texts",
+    type=click.File(encoding="utf-8"),
+    help="A sample of your texts, one a line; - is stdin. Default: 400 sentences that ship with embedq.",
+)
+@click.option("--dimensions", type=click.IntRange(min=1), multiple=True, help="Also for vectors cut to so many.")
+@click.option(
+    "--device", envvar="EMBEDQ_DEVICE", show_envvar=True, default="auto", help="auto, cpu, cuda, cuda:1 or mps."
+)
+def calibrate(
+    name: str, revision: str | None, output: Path, texts: Any, dimensions: tuple[int, ...], device: str
+) -> None:
+    """Measure the ranges that int8 and uint8 vectors are steps of, and write them to a file.
+
+    Encodes a sample of texts in float32 and keeps the lowest and the highest value of each dimension. Some hundred
+    texts like those that will be embedded make good ranges. Workers take the file with --calibration.
+
+    \b
+    Example:
+      embedq model calibrate ./my-model --texts sample.txt --output ranges.safetensors --dimensions 256
+      embedq worker --model ./my-model --calibration ranges.safetensors
+    """
+    lines = sample_sentences() if texts is None else _lines_of(texts)
+    with terminal_progress() as progress:
+        resolved = resolve_model(name, revision=revision, progress=progress)
+    calibration = calibrate_model(resolved, lines, dimensions, device=device)
+    if len(lines) < FEW_TEXTS:
+        click.echo(f"only {len(lines)} texts: some hundred make better ranges", err=True)
+    about = {"model": resolved.name, "revision": resolved.revision or "", "texts": str(len(lines))}
+    try:
+        output.write_bytes(calibration.to_bytes(about))
+    except OSError as err:
+        raise ModelOptionError(f"{output} cannot be written ({err.strerror})") from err
+    counts = ", ".join(map(str, calibration.dimensions))
+    click.echo(f"{output}: calibration {calibration.digest} from {len(lines)} texts, for {counts} dimensions", err=True)
+
+
+def _lines_of(file: Any) -> list[str]:
+    try:
+        return [line.rstrip("\r\n") for line in file if line.strip()]
+    except UnicodeDecodeError as err:
+        raise ModelOptionError(f"the texts are not UTF-8: {err.reason} at byte {err.start}") from err
+
+
 def _line(check: Check) -> str:
     return f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {check.detail}"
 
@@ -139,6 +196,12 @@ def _print_table(inspection: Inspection) -> None:
     # Plain lines, not a drawn table: a path that is folded at the terminal's edge cannot be copied.
     for label, value in _rows(inspection):
         click.echo(f"{label:<12}{value}")
+
+
+def _calibration(inspection: Inspection) -> str:
+    if inspection.calibration is None:
+        return "none: int8 and uint8 vectors need embedq model calibrate"
+    return f"{inspection.calibration}, for {', '.join(map(str, inspection.calibrated_dimensions))} dimensions"
 
 
 def _rows(inspection: Inspection) -> list[tuple[str, str]]:
@@ -155,7 +218,8 @@ def _rows(inspection: Inspection) -> list[tuple[str, str]]:
         ),
         ("max tokens", f"{inspection.max_seq_length} a text"),
         ("pooling", " + ".join(inspection.pooling) + (", normalised" if inspection.normalize else "")),
-        ("embedding", f"{inspection.embedding_dim} dimensions"),
+        ("embedding", f"{inspection.embedding_dim} dimensions, compared by {inspection.similarity}"),
+        ("calibration", _calibration(inspection)),
         ("prompts", prompts or "none"),
         (
             "weights",

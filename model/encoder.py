@@ -14,6 +14,15 @@ from numpy.typing import NDArray
 
 TruncationSide = Literal["right", "left"]
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
+#: One vector a text, or the last hidden state of every token.
+Output = Literal["sentence", "tokens"]
+
+#: Precisions that are steps of a range.
+CALIBRATED = ("int8", "uint8")
+#: Precisions that token output has.
+TOKEN_PRECISIONS = ("float32", "float16")
+#: Windows one text may be chunked into: at an English book's million characters it takes some 800.
+MAX_WINDOWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +33,22 @@ class TokenizedText:
     ids: NDArray[np.int32]
     #: whether tokens were cut to fit `max_seq_length`
     truncated: bool
+    #: how many at the beginning are left out of pooling: a prompt's, where the model says so
+    skipped: int = 0
 
     @property
     def num_tokens(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedText:
+    """One text as windows of tokens, each of which the encoder takes by itself."""
+
+    #: one where the text fits; all full otherwise
+    windows: list[TokenizedText]
+    #: of the text as a whole, the special tokens and the prompt counted once
+    num_tokens: int
 
 
 class Encoder(Protocol):
@@ -52,6 +73,10 @@ class Encoder(Protocol):
     def embedding_dim(self) -> int: ...
 
     @property
+    def token_dim(self) -> int:
+        """Numbers of one token's vector: the encoder's own width, before pooling and what follows it."""
+
+    @property
     def max_seq_length(self) -> int:
         """Tokens a text may have, special tokens included."""
 
@@ -72,8 +97,21 @@ class Encoder(Protocol):
     ) -> list[TokenizedText]:
         """Raises TextTooLongError if `truncate` is false and a text has more than `max_seq_length` tokens."""
 
+    def tokenize_windows(
+        self, texts: Sequence[str], *, prompt: str = "", overlap: int | None = None
+    ) -> list[ChunkedText]:
+        """Texts longer than the model as windows that share at least `overlap` tokens (None: an eighth of a window).
+
+        The prompt stands before every window. Windows are as few as can be, full, and evenly spread, so that none
+        is a short rest with the say of a whole one. Raises ModelOptionError for an overlap or a prompt that leaves
+        no room, TextTooLongError for a text of more than MAX_WINDOWS.
+        """
+
     def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """(n, embedding_dim) float32 in the batch's order, before normalisation."""
+
+    def encode_states(self, batch: Sequence[TokenizedText]) -> list[NDArray[np.float32]]:
+        """The last hidden state of every token: a (num_tokens, token_dim) float32 for each text, in order."""
 
     def postprocess(
         self,
@@ -87,3 +125,17 @@ class Encoder(Protocol):
 
         Raises ModelOptionError for dimensions above the model's or a precision it cannot give.
         """
+
+    def postprocess_states(
+        self,
+        states: NDArray[np.float32],
+        *,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        precision: Precision = "float32",
+    ) -> NDArray[np.generic]:
+        """The same for tokens' vectors (T, token_dim), which are normalised only if asked. float32 or float16."""
+
+    @property
+    def calibration_digest(self) -> str:
+        """Which ranges int8 and uint8 vectors were made with; results carry it. Empty if there are none."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
+from embedq.model.calibration import find_calibration
 from embedq.model.config import read_config
 from embedq.model.errors import ModelFormatError
 from embedq.model.modules import Modules, read_modules
@@ -42,6 +43,11 @@ class Inspection:
     normalize: bool
     embedding_dim: int
     prompts: dict[str, str]
+    #: cosine, dot, euclidean or manhattan
+    similarity: str
+    #: digest of the ranges for int8 and uint8 vectors that are there without a file being given; None: there are none
+    calibration: str | None
+    calibrated_dimensions: list[int]
     tensors: int
     parameters: int
     #: of the weight files
@@ -55,6 +61,7 @@ def inspect_model(resolved: ResolvedModel) -> Inspection:
     modules = read_modules(resolved.path)
     config = read_config(modules.transformer)
     embedding_dim = len(modules.pooling_modes) * config.hidden_size
+    calibration = find_calibration(resolved.path, resolved.name, resolved.revision or "")
     return Inspection(
         name=resolved.name,
         path=str(resolved.path),
@@ -70,6 +77,9 @@ def inspect_model(resolved: ResolvedModel) -> Inspection:
         normalize=modules.normalize,
         embedding_dim=modules.dense[-1].out_features if modules.dense else embedding_dim,
         prompts=modules.prompts,
+        similarity=modules.similarity,
+        calibration=calibration.digest if calibration else None,
+        calibrated_dimensions=calibration.dimensions if calibration else [],
         **_weights(modules),
     )
 

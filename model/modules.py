@@ -13,6 +13,7 @@ from typing import Any
 
 from embedq.model.errors import ModelFormatError
 from embedq.model.folder import read_json, read_json_object, read_optional_json_object, require
+from embedq.model.similarity import DEFAULT_SIMILARITY, SIMILARITY_FUNCTIONS
 
 #: The names `Pooling` gives its modes, in the order it concatenates them under old configs, by the old switches.
 LEGACY_POOLING_SWITCHES = {
@@ -23,7 +24,17 @@ LEGACY_POOLING_SWITCHES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-ACTIVATIONS = {"torch.nn.modules.activation.Tanh": "tanh", "torch.nn.modules.linear.Identity": "identity"}
+#: What `Dense` may apply, as sentence-transformers writes it: always with the class' own defaults.
+ACTIVATIONS = {
+    "torch.nn.modules.activation.ELU": "elu",
+    "torch.nn.modules.activation.GELU": "gelu",
+    "torch.nn.modules.activation.LeakyReLU": "leaky_relu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.linear.Identity": "identity",
+}
 
 _OWN_PACKAGE = "sentence_transformers."
 
@@ -36,8 +47,10 @@ class DenseConfig:
     in_features: int
     out_features: int
     bias: bool
-    #: `tanh` or `identity`
+    #: one of ACTIVATIONS' values
     activation: str
+    #: whether its input is added to its output
+    residual: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +61,14 @@ class Modules:
     pooling_modes: tuple[str, ...]
     #: What Pooling was saved for; None if it does not say.
     pooling_dim: int | None
+    #: Whether the tokens of a prompt are pooled with the text's.
+    pooled_prompt: bool
     dense: tuple[DenseConfig, ...]
     normalize: bool
     prompts: dict[str, str]
     default_prompt_name: str | None
+    #: how the model's vectors are compared: a name of `similarity.SIMILARITY_FUNCTIONS`
+    similarity: str
     #: None where neither sentence-transformers' nor the tokenizer's config says one
     max_seq_length: int | None
     lowercase: bool
@@ -60,7 +77,7 @@ class Modules:
 def read_modules(folder: Path) -> Modules:
     """Raises ModelFormatError for a module or an order of modules that is not supported."""
     transformer, rest = _steps(folder)
-    modes, pooling_dim = _pooling(rest.pop(0)[1]) if rest else (("mean",), None)
+    modes, pooling_dim, pooled_prompt = _pooling(rest.pop(0)[1]) if rest else (("mean",), None, True)
     normalize = bool(rest) and rest[-1][0] == "Normalize"
     if normalize:
         _check_feature(rest.pop()[1])
@@ -70,16 +87,19 @@ def read_modules(folder: Path) -> Modules:
                 f"{folder / 'modules.json'}: {kind} ({path}) is out of place: supported is Transformer, Pooling,"
                 " any number of Dense, Normalize"
             )
-    prompts, default_prompt_name = _prompts(folder / "config_sentence_transformers.json")
+    own_config = folder / "config_sentence_transformers.json"
+    prompts, default_prompt_name = _prompts(own_config)
     max_seq_length, lowercase = _text_limits(transformer)
     return Modules(
         transformer=transformer,
         pooling_modes=modes,
         pooling_dim=pooling_dim,
+        pooled_prompt=pooled_prompt,
         dense=tuple(_dense(path) for _, path in rest),
         normalize=normalize,
         prompts=prompts,
         default_prompt_name=default_prompt_name,
+        similarity=_similarity(own_config),
         max_seq_length=max_seq_length,
         lowercase=lowercase,
     )
@@ -116,11 +136,12 @@ def _step(folder: Path, entry: dict[str, Any], path: Path) -> tuple[str, Path]:
     return kind, folder / place
 
 
-def _pooling(folder: Path) -> tuple[tuple[str, ...], int | None]:
+def _pooling(folder: Path) -> tuple[tuple[str, ...], int | None, bool]:
     path = folder / "config.json"
     content = read_json_object(path)
-    if content.get("include_prompt", True) is not True:
-        raise ModelFormatError(f"{path}: include_prompt false is not supported: prompts are pooled with the text")
+    pooled_prompt = content.get("include_prompt", True)
+    if not isinstance(pooled_prompt, bool):
+        raise ModelFormatError(f"{path}: field 'include_prompt' must be true or false, not {pooled_prompt!r}")
     if "pooling_mode" in content:
         stored = content["pooling_mode"]
         modes = tuple(stored) if isinstance(stored, list) else (stored,)
@@ -133,15 +154,13 @@ def _pooling(folder: Path) -> tuple[tuple[str, ...], int | None]:
             f" {', '.join(LEGACY_POOLING_SWITCHES.values())}"
         )
     name = "embedding_dimension" if "embedding_dimension" in content else "word_embedding_dimension"
-    return modes, require(content, name, int, path) if name in content else None
+    return modes, require(content, name, int, path) if name in content else None, pooled_prompt
 
 
 def _dense(folder: Path) -> DenseConfig:
     path = folder / "config.json"
     content = read_json_object(path)
     _check_feature(folder)
-    if content.get("use_residual"):
-        raise ModelFormatError(f"{path}: use_residual is not supported")
     # Tanh is what sentence-transformers takes when the field is missing.
     stored = content.get("activation_function", "torch.nn.modules.activation.Tanh")
     if not isinstance(stored, str) or stored not in ACTIVATIONS:
@@ -154,6 +173,7 @@ def _dense(folder: Path) -> DenseConfig:
         out_features=require(content, "out_features", int, path),
         bias=content.get("bias", True) is not False,
         activation=ACTIVATIONS[stored],
+        residual=content.get("use_residual", False) is True,
     )
 
 
@@ -177,6 +197,12 @@ def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
     if default is not None and (not isinstance(default, str) or default not in stored):
         raise ModelFormatError(f"{path}: default_prompt_name {default!r} is not among the prompts")
     return prompts, default if default in prompts else None
+
+
+def _similarity(path: Path) -> str:
+    """A name that is none of the four is passed over, as in sentence-transformers."""
+    stored = read_optional_json_object(path).get("similarity_fn_name")
+    return stored if isinstance(stored, str) and stored in SIMILARITY_FUNCTIONS else DEFAULT_SIMILARITY
 
 
 def _text_limits(transformer: Path) -> tuple[int | None, bool]:

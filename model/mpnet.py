@@ -143,7 +143,7 @@ class MPNet:
         self._shapes = tensor_shapes(config) | _quantization_shapes(config, checkpoint)
         checkpoint.check(self._shapes)
         self.config = config
-        self._backend = backend
+        self.backend = backend
         self._runtime = runtime or runtime_for(backend.device)
         self._quantizes = backend.dtype == torch.int8 and not checkpoint.is_quantized
         self._load_embeddings(checkpoint)
@@ -152,7 +152,7 @@ class MPNet:
     def _read(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
         """As stored, by their names without `prefix`."""
         stored = checkpoint.read([name for name in self._shapes if name.startswith(prefix)])
-        if self._backend.activation_dtype == torch.float16:
+        if self.backend.activation_dtype == torch.float16:
             _check_float16(checkpoint.folder, stored)
         # A view of the file keeps all of it mapped: vectors must not, where matrices are converted and let go.
         return {
@@ -161,7 +161,7 @@ class MPNet:
         }
 
     def _load_embeddings(self, checkpoint: Checkpoint) -> None:
-        backend, tensors = self._backend, self._read(checkpoint, "embeddings.")
+        backend, tensors = self.backend, self._read(checkpoint, "embeddings.")
         self._words, self._positions = (
             tensors[f"{kind}_embeddings.weight"].to(backend.device, backend.activation_dtype)
             for kind in ("word", "position")
@@ -186,13 +186,13 @@ class MPNet:
     def _linear(self, tensors: dict[str, Tensor], *names: str) -> Linear:
         """One product for the linear layers `names`, which take the same input."""
         weights = _stack([_linear_weights(tensors, name) for name in names])
-        if self._backend.dtype != torch.int8:
+        if self.backend.dtype != torch.int8:
             weights = weights.dequantized()
-        return self._backend.make_linear(quantize(weights) if self._quantizes else weights)
+        return self.backend.make_linear(quantize(weights) if self._quantizes else weights)
 
     def _layer_norm(self, tensors: dict[str, Tensor], name: str) -> LayerNorm:
         weight, bias = (
-            tensors[f"{name}.{kind}"].to(self._backend.device, self._backend.residual_dtype)
+            tensors[f"{name}.{kind}"].to(self.backend.device, self.backend.residual_dtype)
             for kind in ("weight", "bias")
         )
         return LayerNorm(weight, bias, self.config.layer_norm_eps)
@@ -226,7 +226,7 @@ class MPNet:
             yield hidden
 
     def _embed(self, placed: Placed) -> Tensor:
-        dtype = self._backend.residual_dtype
+        dtype = self.backend.residual_dtype
         words = functional.embedding(placed.ids, self._words)
         positions = functional.embedding(placed.positions, self._positions)
         return self._embeddings_norm(words.to(dtype) + positions.to(dtype))

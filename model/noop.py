@@ -13,9 +13,11 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from embedq.model.encoder import Precision, TokenizedText, TruncationSide
+from embedq.model.calibration import UNIT_DIGEST, unit_ranges
+from embedq.model.encoder import ChunkedText, Precision, TokenizedText, TruncationSide
 from embedq.model.errors import ModelNotFoundError, ModelOptionError, TextTooLongError
-from embedq.model.precision import normalize_rows, postprocess
+from embedq.model.precision import normalize_rows, postprocess, postprocess_states
+from embedq.model.windows import check_num_tokens, checked_overlap, window_starts
 
 PREFIX = "noop:"
 MAX_EMBEDDING_DIM = 65536
@@ -30,13 +32,17 @@ _PADDING_IDS = bytes(4 * MAX_SEQ_LENGTH)
 
 
 class NoopEncoder:
-    """Fulfils `Encoder`. The same text and prompt give the same vector in every process and version."""
+    """Fulfils `Encoder`. The same text and prompt give the same vector in every process and version.
+
+    int8 and uint8 have the range -1 to 1 in every dimension.
+    """
 
     revision = "noop"
     placement = "cpu"
     max_seq_length = MAX_SEQ_LENGTH
     default_normalize = True
     max_batch_tokens = 65_536
+    calibration_digest = UNIT_DIGEST
 
     def __init__(self, embedding_dim: int) -> None:
         if not 1 <= embedding_dim <= MAX_EMBEDDING_DIM:
@@ -44,6 +50,7 @@ class NoopEncoder:
                 f"{PREFIX}{embedding_dim}: the dimension must be 1 to {MAX_EMBEDDING_DIM}, such as {PREFIX}768"
             )
         self.embedding_dim = embedding_dim
+        self.token_dim = embedding_dim
         self.name = f"{PREFIX}{embedding_dim}"
 
     @classmethod
@@ -87,21 +94,52 @@ class NoopEncoder:
             words = words[:room] if side == "right" else words[-room:]
             # Like a real model: what was cut away has no say in the vector.
             text = " ".join(words)
-        try:
-            digest = blake2b(text.encode(), digest_size=NUM_TABLES).digest()
-        except UnicodeEncodeError as err:
-            raise ModelOptionError(f"text {index} is not valid Unicode: {err.reason}") from err
-        ids = np.frombuffer(digest + _PADDING_IDS[: 4 * len(words)], dtype=np.int32)
-        return TokenizedText(ids, truncated)
+        return TokenizedText(_ids(index, text, len(words)), truncated)
+
+    def tokenize_windows(
+        self, texts: Sequence[str], *, prompt: str = "", overlap: int | None = None
+    ) -> list[ChunkedText]:
+        """Windows of words, the prompt's before each."""
+        room = MAX_SEQ_LENGTH - _SPECIAL_TOKENS - len(prompt.split())
+        overlap = checked_overlap(overlap, room)
+        return [self._chunk(index, text, prompt, room, overlap) for index, text in enumerate(texts)]
+
+    def _chunk(self, index: int, text: str, prompt: str, room: int, overlap: int) -> ChunkedText:
+        whole = prompt + text
+        num_words = len(whole.split())
+        if num_words <= MAX_SEQ_LENGTH - _SPECIAL_TOKENS:
+            return ChunkedText([TokenizedText(_ids(index, whole, num_words), False)], num_words + _SPECIAL_TOKENS)
+        words = text.split()
+        check_num_tokens(len(words), index, room, overlap)
+        prompt_words = prompt.split()
+        windows = [[*prompt_words, *words[start : start + room]] for start in window_starts(len(words), room, overlap)]
+        return ChunkedText(
+            [TokenizedText(_ids(index, " ".join(window), len(window)), False) for window in windows],
+            len(prompt_words) + len(words) + _SPECIAL_TOKENS,
+        )
 
     def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
-        if not batch:
+        return self._vectors(b"".join([text.ids[:2].tobytes() for text in batch]))
+
+    def encode_states(self, batch: Sequence[TokenizedText]) -> list[NDArray[np.float32]]:
+        """Unit vectors from a hash of the text and the token's place."""
+        return [self._states(text) for text in batch]
+
+    def _states(self, text: TokenizedText) -> NDArray[np.float32]:
+        head = text.ids[:2].tobytes()
+        places = (place.to_bytes(4, "little") for place in range(text.num_tokens))
+        return self._vectors(b"".join(blake2b(head + place, digest_size=NUM_TABLES).digest() for place in places))
+
+    def _vectors(self, digests: bytes) -> NDArray[np.float32]:
+        """(n, embedding_dim) from n hashes of NUM_TABLES bytes."""
+        num_vectors = len(digests) // NUM_TABLES
+        if not num_vectors:
             return np.empty((0, self.embedding_dim), dtype=np.float32)
-        hashes = np.frombuffer(b"".join([text.ids[:2].tobytes() for text in batch]), dtype=np.uint8)
+        hashes = np.frombuffer(digests, dtype=np.uint8)
         rows = hashes.reshape(-1, NUM_TABLES) + 256 * np.arange(NUM_TABLES)  # (n, 8) into the stacked tables
         if self.embedding_dim < MIN_SLICED_DIM:
             return normalize_rows(self._tables[rows].sum(axis=1))
-        vectors = self._tables.take(rows, axis=0).reshape(len(batch), -1)  # (n, 8 * width)
+        vectors = self._tables.take(rows, axis=0).reshape(num_vectors, -1)  # (n, 8 * width)
         if vectors.shape[1] == self.embedding_dim:
             return vectors  # eight slices of length 1/sqrt(8) each: a unit vector already
         return normalize_rows(vectors[:, : self.embedding_dim])
@@ -126,4 +164,25 @@ class NoopEncoder:
         precision: Precision = "float32",
     ) -> NDArray[np.generic]:
         normalize = self.default_normalize if normalize is None else normalize
-        return postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)
+        return postprocess(
+            vectors, normalize=normalize, dimensions=dimensions, precision=precision, find_ranges=unit_ranges
+        )
+
+    def postprocess_states(
+        self,
+        states: NDArray[np.float32],
+        *,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        precision: Precision = "float32",
+    ) -> NDArray[np.generic]:
+        return postprocess_states(states, normalize=normalize, dimensions=dimensions, precision=precision)
+
+
+def _ids(index: int, text: str, num_words: int) -> NDArray[np.int32]:
+    """The text's hash in the first two, zeros for the rest. Raises ModelOptionError naming text `index`."""
+    try:
+        digest = blake2b(text.encode(), digest_size=NUM_TABLES).digest()
+    except UnicodeEncodeError as err:
+        raise ModelOptionError(f"text {index} is not valid Unicode: {err.reason}") from err
+    return np.frombuffer(digest + _PADDING_IDS[: 4 * num_words], dtype=np.int32)

@@ -6,49 +6,63 @@ the whole way for everybody else.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
 from embedq.model import device as devices
 from embedq.model.backend import choose_backend, dtype_name, resolve_dtype
-from embedq.model.budget import Footprint, tokens_that_fit
+from embedq.model.calibration import Calibration, own_calibration, shipped_calibration
 from embedq.model.config import MPNetConfig, read_config
 from embedq.model.dense import Dense
-from embedq.model.encoder import Precision, TokenizedText, TruncationSide
-from embedq.model.errors import ModelFormatError, ModelOptionError, NonFiniteError
+from embedq.model.embedder import Embedder, report_nothing
+from embedq.model.encoder import ChunkedText, Output, Precision, TokenizedText, TruncationSide
+from embedq.model.errors import ModelFormatError, ModelOptionError
 from embedq.model.modules import Modules, read_modules
 from embedq.model.mpnet import MPNet
-from embedq.model.packing import pack
-from embedq.model.pooling import pool
-from embedq.model.precision import postprocess
-from embedq.model.runtime import Read, runtime_for
-from embedq.model.tokenizer import Tokenizer
-from embedq.model.warm_up import proven_budget
+from embedq.model.precision import Ranges, check_ranges, postprocess, postprocess_states
+from embedq.model.runtime import runtime_for
+from embedq.model.similarity import similarity
+from embedq.model.slices import slices_of, stack
+from embedq.model.tokenizer import CHARS_PER_TOKEN, Tokenizer
 from embedq.model.weights import Checkpoint
+from embedq.model.windows import mean_of_windows
 
 if TYPE_CHECKING:
     from embedq.model.progress import Progress
 
 #: Hex digits of the weights' SHA-256 in a revision.
 REVISION_DIGITS = 12
-#: Micro-batches that may be under way at once, so that the host prepares the next while the device computes.
-MAX_PENDING = 4
+
+
+class EncodeOptions(TypedDict, total=False):
+    """What `encode` takes beside the texts and `output`; explained there."""
+
+    prompt: str | None
+    prompt_name: str | None
+    normalize: bool | None
+    dimensions: int | None
+    precision: Precision
+    ranges: ArrayLike | None
+    truncate: bool
+    truncation_side: TruncationSide
+    chunk: bool
+    chunk_overlap: int | None
+    show_progress: bool
 
 
 class SentenceEncoder:
     """Fulfils `Encoder`. May be called from several threads; on one device they share its speed.
 
-    Attributes: path (the model folder), name, embedding_dim (after Dense), max_seq_length (tokens, special ones
-    included), device, dtype, backend, default_normalize, prompts (name to text), max_batch_tokens.
+    Attributes: path (the model folder), name, embedding_dim (after Dense), token_dim (before pooling),
+    max_seq_length (tokens, special ones included), device, dtype, backend, default_normalize, prompts (name to text),
+    similarity_fn_name (cosine, dot, euclidean or manhattan), max_batch_tokens.
     """
 
     def __init__(
@@ -63,6 +77,7 @@ class SentenceEncoder:
         kernels: str = "auto",
         max_batch_tokens: int | None = None,
         allow_tf32: bool = False,
+        calibration: Path | None = None,
     ) -> None:
         """From a folder; most callers want `load`."""
         if max_batch_tokens is not None and max_batch_tokens < 1:
@@ -70,17 +85,24 @@ class SentenceEncoder:
         self.path = path
         self.name = name
         self.device = device
-        self._runtime = runtime_for(device, allow_tf32=allow_tf32)
+        self._own_calibration = Calibration.read(calibration) if calibration else own_calibration(path)
         modules = read_modules(path)
         config = read_config(modules.transformer)
         self._checkpoint = Checkpoint(modules.transformer)
+        self._resolved_revision = revision
         self.dtype = resolve_dtype(dtype, device, is_quantized=self._checkpoint.is_quantized)
         self.backend = choose_backend(device, self.dtype, config, kernels=kernels, attention=attention)
-        self._resolved_revision = revision
         self._set_up_texts(modules, config)
         self._set_up_vectors(modules, config)
-        self._model = MPNet(config, self._checkpoint, self.backend, self._runtime)
-        self.max_batch_tokens = max_batch_tokens or self._tokens_for_device()
+        runtime = runtime_for(device, allow_tf32=allow_tf32)
+        self._embedder = Embedder(
+            MPNet(config, self._checkpoint, self.backend, runtime),
+            runtime,
+            modules.pooling_modes,
+            [Dense(dense, device) for dense in modules.dense],
+            longest=self.max_seq_length,
+            max_batch_tokens=max_batch_tokens,
+        )
 
     @classmethod
     def load(
@@ -95,6 +117,7 @@ class SentenceEncoder:
         max_batch_tokens: int | None = None,
         warm_up: bool | None = None,
         allow_tf32: bool = False,
+        calibration: str | Path | None = None,
         progress: Progress | None = None,
     ) -> SentenceEncoder:
         """From a folder or by name, fetched if needed.
@@ -106,6 +129,7 @@ class SentenceEncoder:
         max_batch_tokens: tokens encoded at once (None: as suits the device and its free memory). warm_up: try the
         largest micro-batches now (None: on cuda). allow_tf32: on cuda, compute float32 products with 10 bits of
         mantissa.
+        calibration: file of ranges for int8 and uint8 vectors (None: the model folder's, else what ships).
         Raises ModelSourceError, ModelFormatError, WeightsError, DeviceError.
         """
         from embedq.model.sources import resolve_model
@@ -122,6 +146,7 @@ class SentenceEncoder:
             kernels=kernels,
             max_batch_tokens=max_batch_tokens,
             allow_tf32=allow_tf32,
+            calibration=None if calibration is None else Path(calibration),
         )
         if warm_up if warm_up is not None else chosen_device.type == "cuda":
             encoder.warm_up()
@@ -131,7 +156,12 @@ class SentenceEncoder:
         self.prompts = modules.prompts
         self._default_prompt_name = modules.default_prompt_name
         self.max_seq_length = min(modules.max_seq_length or config.max_length, config.max_length)
-        self._tokenizer = Tokenizer(modules.transformer, self.max_seq_length, lowercase=modules.lowercase)
+        self._tokenizer = Tokenizer(
+            modules.transformer,
+            self.max_seq_length,
+            lowercase=modules.lowercase,
+            pooled_prompt=modules.pooled_prompt,
+        )
         if self._tokenizer.max_id >= config.vocab_size:
             raise ModelFormatError(
                 f"{modules.transformer}: tokenizer.json has token id {self._tokenizer.max_id}, config.json only"
@@ -140,42 +170,22 @@ class SentenceEncoder:
 
     def _set_up_vectors(self, modules: Modules, config: MPNetConfig) -> None:
         self.default_normalize = modules.normalize
-        self._pooling_modes = modules.pooling_modes
+        self.similarity_fn_name = modules.similarity
+        self.token_dim = config.hidden_size
         if modules.pooling_dim not in (None, config.hidden_size):
             raise ModelFormatError(
                 f"{self.path}: Pooling is for {modules.pooling_dim} dimensions, the encoder has {config.hidden_size}"
             )
         self.embedding_dim = len(modules.pooling_modes) * config.hidden_size
-        self._dense: list[Dense] = []
         for dense in modules.dense:
             if dense.in_features != self.embedding_dim:
                 raise ModelFormatError(
                     f"{dense.folder}: Dense takes {dense.in_features} dimensions and is given {self.embedding_dim}"
                 )
-            self._dense.append(Dense(dense, self.device))
             self.embedding_dim = dense.out_features
-
-    def _tokens_for_device(self) -> int:
-        most = devices.BATCH_TOKENS[self.device.type]
-        with self._runtime.scope():
-            memory = self._runtime.memory()
-        if memory is None:
-            return most
-        config = self._model.config
-        pooled_dim = len(self._pooling_modes) * config.hidden_size
-        max_scores = devices.MAX_SCORES[self.device.type]
-        footprint = Footprint(config, self._element_bytes(), max_scores, self.max_seq_length, pooled_dim)
-        return tokens_that_fit(footprint, memory.free, most)
-
-    def _element_bytes(self) -> int:
-        """Of the widest value between two products; sums of int8 are int32."""
-        return 4 if self.dtype == torch.int8 else self.backend.activation_dtype.itemsize
-
-    def warm_up(self) -> None:
-        """Lowers `max_batch_tokens` to what is proven to fit the device. Raises DeviceError if no long text does."""
-        with torch.inference_mode():
-            self.max_batch_tokens = proven_budget(
-                self._encode_packed, self._runtime, longest=self.max_seq_length, num_tokens=self.max_batch_tokens
+        if self._own_calibration and (found := max(self._own_calibration.dimensions)) != self.embedding_dim:
+            raise ModelFormatError(
+                f"the calibration is for {found} dimensions, {self.path} has {self.embedding_dim}: calibrate this model"
             )
 
     @cached_property
@@ -187,6 +197,26 @@ class SentenceEncoder:
     def placement(self) -> str:
         """Such as `cpu float32`."""
         return f"{self.device} {dtype_name(self.dtype)}"
+
+    @property
+    def max_batch_tokens(self) -> int:
+        return self._embedder.max_batch_tokens
+
+    def warm_up(self) -> None:
+        """Lowers `max_batch_tokens` to what is proven to fit the device. Raises DeviceError if no long text does."""
+        self._embedder.warm_up()
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The ranges of int8 and uint8 vectors: the file given, the model folder's own, or what ships for its weights.
+
+        None if there are none; `embedq model calibrate` makes them.
+        """
+        return self._own_calibration or shipped_calibration(self.name, self.revision)
+
+    @property
+    def calibration_digest(self) -> str:
+        return self.calibration.digest if self.calibration else ""
 
     def resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:
@@ -209,89 +239,25 @@ class SentenceEncoder:
         """Raises TextTooLongError, and ModelOptionError for what is no valid Unicode string."""
         return self._tokenizer(texts, prompt=prompt, truncate=truncate, truncation_side=truncation_side)
 
+    def tokenize_windows(
+        self, texts: Sequence[str], *, prompt: str = "", overlap: int | None = None
+    ) -> list[ChunkedText]:
+        return self._tokenizer.windows(texts, prompt=prompt, overlap=overlap)
+
     def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """(n, embedding_dim) float32 in the batch's order, before normalisation.
 
         Computed in micro-batches of at most `max_batch_tokens`, so memory does not grow with the batch.
         Raises NonFiniteError, so that no vector has NaN or Inf.
         """
-        return self._encode_tokens(batch, _report_nothing)
+        return self._embedder.vectors(batch)
 
-    def _encode_tokens(self, batch: Sequence[TokenizedText], report: Callable[[int], None]) -> NDArray[np.float32]:
-        vectors = np.empty((len(batch), self.embedding_dim), dtype=np.float32)
-        if not batch:
-            return vectors
-        lengths = np.array([text.num_tokens for text in batch])
-        self._check_ids(batch, lengths)
-        pending: deque[tuple[NDArray[np.int64], Read]] = deque()
-        with torch.inference_mode(), self._runtime.scope():
-            for rows in self._cut(np.argsort(-lengths, kind="stable"), lengths):
-                pending.append((rows, self._runtime.download(self._encode_packed([batch[i].ids for i in rows]))))
-                if len(pending) == MAX_PENDING:
-                    self._collect(*pending.popleft(), batch, vectors)
-                report(len(rows))
-            while pending:
-                self._collect(*pending.popleft(), batch, vectors)
-        return vectors
+    def encode_states(self, batch: Sequence[TokenizedText]) -> list[NDArray[np.float32]]:
+        """The last hidden state of every token: a (num_tokens, token_dim) float32 for each text, in order.
 
-    def _collect(
-        self, rows: NDArray[np.int64], read: Read, batch: Sequence[TokenizedText], vectors: NDArray[np.float32]
-    ) -> None:
-        part = read()
-        finite = np.isfinite(part).all(axis=1)
-        if not finite.all():
-            index = int(rows[~finite].min())
-            raise NonFiniteError(self._why_not_finite(batch[index].ids), index)
-        vectors[rows] = part
-
-    def _why_not_finite(self, ids: NDArray[np.int32]) -> str:
-        """Looks for the first layer with NaN or Inf, by encoding the text once more alone."""
-        hint = (
-            "; float16 ends at 65504: use bfloat16 or float32" if self.backend.activation_dtype == torch.float16 else ""
-        )
-        return f"the model's output is not finite: NaN or Inf {self._where_not_finite(ids)}{hint}"
-
-    def _where_not_finite(self, ids: NDArray[np.int32]) -> str:
-        packed = pack([ids])
-        for index, hidden in enumerate(self._model.hidden_states(packed)):
-            if not hidden.isfinite().all():
-                return f"first in layer {index} of {len(self._model.layers)}" if index else "already in the embeddings"
-        if not self._encode_packed([ids]).isfinite().all():
-            return "behind the last layer, in Pooling or Dense"
-        return "in this micro-batch, yet not when the text is encoded alone"
-
-    def _check_ids(self, batch: Sequence[TokenizedText], lengths: NDArray[np.int64]) -> None:
-        """An id out of range reads foreign memory on a CPU and kills a GPU's context."""
-        config = self._model.config
-        if lengths.min() < 1 or lengths.max() > config.max_length:
-            index = int(np.argmax((lengths < 1) | (lengths > config.max_length)))
-            raise ModelOptionError(
-                f"text {index} has {lengths[index]} tokens: this model takes 1 to {config.max_length}"
-            )
-        ids = np.concatenate([text.ids for text in batch])
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ModelOptionError(f"token ids must be vectors of whole numbers, not {ids.dtype} of {ids.ndim} axes")
-        if ids.min() < 0 or ids.max() >= config.vocab_size:
-            raise ModelOptionError(f"token ids must be 0 to {config.vocab_size - 1}, not {ids.min()} to {ids.max()}")
-
-    def _cut(self, order: NDArray[np.int64], lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Slices of `order` of at most `max_batch_tokens`, at least one text each."""
-        start = num_tokens = 0
-        for end, length in enumerate(lengths[order].tolist()):
-            if num_tokens + length > self.max_batch_tokens and end > start:
-                yield order[start:end]
-                start, num_tokens = end, 0
-            num_tokens += length
-        yield order[start:]
-
-    def _encode_packed(self, sequences: Sequence[NDArray[np.int32]]) -> Tensor:
-        """(n, embedding_dim) on the device, for sequences the longest first."""
-        placed = self._model.place(pack(sequences))
-        hidden, lengths = devices.for_segments(self._model.run(placed), placed.lengths)
-        vectors = pool(hidden, lengths, self._pooling_modes).to(self.device)
-        for dense in self._dense:
-            vectors = dense(vectors)
-        return vectors
+        Raises NonFiniteError.
+        """
+        return self._embedder.states(batch)
 
     def postprocess(
         self,
@@ -300,40 +266,129 @@ class SentenceEncoder:
         normalize: bool | None = None,
         dimensions: int | None = None,
         precision: Precision = "float32",
+        ranges: ArrayLike | None = None,
     ) -> NDArray[np.generic]:
+        """As `Encoder.postprocess`. ranges: (2, d), for int8 and uint8 in place of the model's own."""
         normalize = self.default_normalize if normalize is None else normalize
-        return postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)
+
+        def find_ranges(count: int) -> Ranges:
+            return self._ranges(count, normalize) if ranges is None else check_ranges(ranges, count)
+
+        return postprocess(
+            vectors, normalize=normalize, dimensions=dimensions, precision=precision, find_ranges=find_ranges
+        )
+
+    def _ranges(self, dimensions: int, normalized: bool) -> Ranges:
+        if self.calibration is None:
+            raise ModelOptionError(
+                f"int8 and uint8 vectors need ranges, and {self.name} has none: write them with embedq model calibrate"
+                " and load them with calibration=FILE (--calibration FILE), or give ranges"
+            )
+        return self.calibration.ranges_for(dimensions, normalized=normalized)
+
+    def postprocess_states(
+        self,
+        states: NDArray[np.float32],
+        *,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        precision: Precision = "float32",
+    ) -> NDArray[np.generic]:
+        return postprocess_states(states, normalize=normalize, dimensions=dimensions, precision=precision)
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], *, output: Literal["sentence"] = "sentence", **options: Unpack[EncodeOptions]
+    ) -> NDArray[np.generic]: ...
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], *, output: Literal["tokens"], **options: Unpack[EncodeOptions]
+    ) -> list[NDArray[np.generic]]: ...
 
     def encode(
         self,
         texts: str | Sequence[str],
         *,
+        output: Output = "sentence",
         prompt: str | None = None,
         prompt_name: str | None = None,
         normalize: bool | None = None,
         dimensions: int | None = None,
         precision: Precision = "float32",
+        ranges: ArrayLike | None = None,
         truncate: bool = True,
         truncation_side: TruncationSide = "right",
+        chunk: bool = False,
+        chunk_overlap: int | None = None,
         show_progress: bool = False,
-    ) -> NDArray[np.generic]:
+    ) -> NDArray[np.generic] | list[NDArray[np.generic]]:
         """(n, d) in the order of `texts`; a single str gives (1, d).
 
-        normalize: None means as the model says. dimensions: cut, then normalise. precision: float32, float16,
-        binary, ubinary. Raises ModelOptionError, NonFiniteError, TextTooLongError if `truncate` is false.
+        output: `tokens` gives a list of (num_tokens, d) instead, the last hidden state of every token, special ones
+        included; float32 or float16, normalised only if asked, never chunked.
+        normalize: None means as the model says. dimensions: cut, then normalise. precision: float32, float16, int8,
+        uint8, binary, ubinary; int8 and uint8 clamp what is out of their ranges. ranges: (2, d) float32 for them, in
+        place of the calibration's. chunk: a text longer than the model becomes overlapping windows, and its
+        vector their mean; `chunk_overlap` is how many tokens they share at least (None: an eighth of a window).
+        Beyond the result, memory does not grow with the number of texts.
+        Raises ModelOptionError, NonFiniteError; TextTooLongError if `truncate` is false, or for a text of more than
+        1,024 windows.
         """
-        batch = self.tokenize(
-            [texts] if isinstance(texts, str) else texts,
-            prompt=self.resolve_prompt(prompt, prompt_name),
-            truncate=truncate,
-            truncation_side=truncation_side,
+        texts = [texts] if isinstance(texts, str) else texts
+        _check_output(output, chunk, chunk_overlap, ranges)
+        prompt = self.resolve_prompt(prompt, prompt_name)
+        tokenize = partial(self._tokenizer, prompt=prompt, truncate=truncate, truncation_side=truncation_side)
+        windows = partial(self._tokenizer.windows, prompt=prompt, overlap=chunk_overlap)
+        finish_states = partial(
+            self.postprocess_states, normalize=normalize, dimensions=dimensions, precision=precision
         )
-        with _progress_bar(len(batch)) if show_progress else nullcontext(_report_nothing) as report:
-            vectors = self._encode_tokens(batch, report)
-        return self.postprocess(vectors, normalize=normalize, dimensions=dimensions, precision=precision)
+        finish = partial(
+            self.postprocess, normalize=normalize, dimensions=dimensions, precision=precision, ranges=ranges
+        )
+        # Asked of an empty array first, so that what cannot be given is refused before anything is encoded.
+        if output == "tokens":
+            finish_states(np.empty((0, self.token_dim), np.float32))
+        else:
+            finish(np.empty((0, self.embedding_dim), np.float32))
+        with _progress_bar(len(texts)) if show_progress else nullcontext(report_nothing) as report:
+            slices = slices_of(texts, None if chunk else CHARS_PER_TOKEN * self.max_seq_length)
+            if output == "tokens":
+                return [
+                    finish_states(states)
+                    for first, part in slices
+                    for states in self._embedder.states(tokenize(part, first=first), report)
+                ]
+            vectors = (
+                self._encode_windows(windows(part, first=first), report)
+                if chunk
+                else self._embedder.vectors(tokenize(part, first=first), report)
+                for first, part in slices
+            )
+            return stack((finish(part) for part in vectors), len(texts))
+
+    def _encode_windows(self, texts: Sequence[ChunkedText], report: Callable[[int], None]) -> NDArray[np.float32]:
+        """(n, embedding_dim) float32 the mean of each text's windows."""
+        vectors = self._embedder.vectors([window for text in texts for window in text.windows], report_nothing)
+        report(len(texts))
+        return mean_of_windows(vectors, [len(text.windows) for text in texts])
+
+    def similarity(self, a: ArrayLike, b: ArrayLike) -> NDArray[np.float32]:
+        """(n, m) float32 by the model's own `similarity_fn_name`, of vectors (n, d) and (m, d); (d,) is one vector.
+
+        Raises ModelOptionError for shapes that do not fit.
+        """
+        return similarity(a, b, self.similarity_fn_name)
 
 
-def _report_nothing(_num_texts: int) -> None: ...
+def _check_output(output: Output, chunk: bool, chunk_overlap: int | None, ranges: ArrayLike | None) -> None:
+    """What contradicts itself whatever the model."""
+    if output not in get_args(Output):
+        raise ModelOptionError(f"output must be {' or '.join(get_args(Output))}, not {output!r}")
+    if chunk_overlap is not None and not chunk:
+        raise ModelOptionError("chunk_overlap needs chunk=True")
+    if output == "tokens" and (chunk or ranges is not None):
+        raise ModelOptionError("token output is neither chunked nor quantized: a token has one vector, in one window")
 
 
 @contextmanager

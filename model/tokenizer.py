@@ -7,18 +7,20 @@ texts are packed, and truncation must tell whether it cut.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer, Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from embedq.model.encoder import TokenizedText, TruncationSide
+from embedq.model.encoder import ChunkedText, TokenizedText, TruncationSide
 from embedq.model.errors import ModelFormatError, ModelOptionError, TextTooLongError
+from embedq.model.windows import check_num_tokens, checked_overlap, window_starts
 
 TOKENIZER_FILE = "tokenizer.json"
 #: Texts given to the library at once: bounds the memory of what it returns beyond the ids.
@@ -27,6 +29,8 @@ BATCH_TEXTS = 1024
 CHARS_PER_TOKEN = 16
 #: Growth of that piece while it gives too few tokens.
 GROWTH = 8
+#: Characters tokenised at once of a text that is chunked: what the library returns is many times its ids.
+CHUNKED_CHARS = 1 << 16
 
 _ASCII_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 #: CJK Unified Ideographs: BertNormalizer puts spaces around each. They stand for themselves under NFD.
@@ -36,13 +40,17 @@ _CJK = "\u4e00-\u9fff"
 class Tokenizer:
     """Safe to call from several threads: nothing of it changes after loading."""
 
-    def __init__(self, folder: Path, max_seq_length: int, *, lowercase: bool = False) -> None:
+    def __init__(
+        self, folder: Path, max_seq_length: int, *, lowercase: bool = False, pooled_prompt: bool = True
+    ) -> None:
+        """`pooled_prompt` false marks each text's prompt tokens as `skipped`."""
         self._path = folder / TOKENIZER_FILE
         self._tokenizer = _load(self._path)
         self._boundary = _boundary_pattern(self._tokenizer)
         if lowercase:
             _prepend_lowercase(self._tokenizer)
         self._prefix, self._suffix = _special_ids(self._tokenizer, self._path)
+        self._pooled_prompt = pooled_prompt
         self.max_seq_length = max_seq_length
         self._room = max_seq_length - len(self._prefix) - len(self._suffix)
         if self._room < 0:
@@ -53,29 +61,91 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab().values(), default=-1)
 
     def __call__(
-        self, texts: Sequence[str], *, prompt: str, truncate: bool, truncation_side: TruncationSide
+        self, texts: Sequence[str], *, prompt: str, truncate: bool, truncation_side: TruncationSide, first: int = 0
     ) -> list[TokenizedText]:
+        """`first` is the place of the first text in the caller's own list, for errors."""
         if truncation_side not in ("right", "left"):
             raise ModelOptionError(f"truncation_side must be 'right' or 'left', not {truncation_side!r}")
+        skipped = self._prompt_length(prompt)
         return [
-            self._assemble(ids, index, truncate, truncation_side)
-            for first in range(0, len(texts), BATCH_TEXTS)
-            for index, ids in enumerate(
-                self._bare_ids(texts[first : first + BATCH_TEXTS], first, prompt, truncation_side), start=first
-            )
+            self._truncate(ids, index, skipped, truncate, truncation_side)
+            for index, ids in self._batches(texts, first, prompt, truncation_side)
         ]
 
-    def _assemble(self, ids: list[int], index: int, truncate: bool, side: TruncationSide) -> TokenizedText:
-        truncated = len(ids) > self._room
-        if truncated:
-            if not truncate:
-                raise TextTooLongError(
-                    f"text {index} is longer than the {self.max_seq_length} tokens this model takes: shorten it or"
-                    " allow truncation",
-                    index,
-                )
-            ids = ids[: self._room] if side == "right" else ids[len(ids) - self._room :]
-        return TokenizedText(np.array([*self._prefix, *ids, *self._suffix], dtype=np.int32), truncated)
+    def windows(self, texts: Sequence[str], *, prompt: str, overlap: int | None, first: int = 0) -> list[ChunkedText]:
+        """See `Encoder.tokenize_windows`."""
+        [prompt_ids] = self._encode([prompt], first) if prompt else [[]]
+        overlap = checked_overlap(overlap, self._room - len(prompt_ids))
+        skipped = self._prompt_length(prompt)
+        return [
+            ChunkedText([self._assemble(ids, skipped)], len(ids) + self._num_special)
+            if len(ids) <= self._room
+            else self._chunk(texts[index - first], index, prompt_ids, skipped, overlap)
+            for index, ids in self._batches(texts, first, prompt, "right")
+        ]
+
+    def _batches(
+        self, texts: Sequence[str], first: int, prompt: str, side: TruncationSide
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Each text's place and bare ids (see `_bare_ids`)."""
+        for start in range(0, len(texts), BATCH_TEXTS):
+            batch = texts[start : start + BATCH_TEXTS]
+            yield from enumerate(self._bare_ids(batch, first + start, prompt, side), start=first + start)
+
+    @property
+    def _num_special(self) -> int:
+        return len(self._prefix) + len(self._suffix)
+
+    def _truncate(
+        self, ids: list[int], index: int, skipped: int, truncate: bool, side: TruncationSide
+    ) -> TokenizedText:
+        if len(ids) <= self._room:
+            return self._assemble(ids, skipped)
+        if not truncate:
+            raise TextTooLongError(
+                f"text {index} is longer than the {self.max_seq_length} tokens this model takes: shorten it, allow"
+                " truncation or chunk it",
+                index,
+            )
+        return self._assemble(ids[: self._room] if side == "right" else ids[len(ids) - self._room :], skipped, True)
+
+    def _assemble(self, ids: Sequence[int], skipped: int, truncated: bool = False) -> TokenizedText:
+        whole = np.array([*self._prefix, *ids, *self._suffix], dtype=np.int32)
+        # Something is always pooled: where a prompt's last word swallows the text, sentence-transformers pools nothing.
+        return TokenizedText(whole, truncated, max(0, min(skipped, len(whole) - 1)))
+
+    def _prompt_length(self, prompt: str) -> int:
+        """Tokens to skip: those of the prompt by itself, as sentence-transformers counts them, but the closing one."""
+        if self._pooled_prompt or not prompt:
+            return 0
+        [[_, ids]] = self._batches([prompt], 0, "", "right")
+        return self._truncate(ids, 0, 0, True, "right").num_tokens - bool(self._suffix)
+
+    def _chunk(self, text: str, index: int, prompt_ids: list[int], skipped: int, overlap: int) -> ChunkedText:
+        room = self._room - len(prompt_ids)
+        ids = self._all_ids(text, index, room, overlap)
+        starts = window_starts(len(ids), room, overlap)
+        windows = [self._assemble([*prompt_ids, *ids[start : start + room].tolist()], skipped) for start in starts]
+        return ChunkedText(windows, len(ids) + len(prompt_ids) + self._num_special)
+
+    def _all_ids(self, text: str, index: int, room: int, overlap: int) -> NDArray[np.int32]:
+        """Raises TextTooLongError for more than windows may hold, before the rest is tokenised."""
+        parts: list[NDArray[np.int32]] = []
+        num_tokens = 0
+        for piece in self._split(text):
+            [ids] = self._encode([piece], index)
+            num_tokens += len(ids)
+            check_num_tokens(num_tokens, index, room, overlap)
+            parts.append(np.array(ids, dtype=np.int32))
+        return np.concatenate(parts)
+
+    def _split(self, text: str) -> Iterator[str]:
+        """The text in pieces of about CHUNKED_CHARS, cut where tokens surely part."""
+        start = 0
+        while self._boundary is not None and (found := self._boundary.search(text, start + CHUNKED_CHARS)):
+            yield text[start : found.start()]
+            start = found.start()
+        yield text[start:]
 
     def _bare_ids(self, texts: Sequence[str], first: int, prompt: str, side: TruncationSide) -> list[list[int]]:
         """Ids without special tokens, at least `room + 1` of them where there are more.

@@ -66,14 +66,18 @@ def embed_options(command: Command) -> Command:
             show_default=True,
             help="The side that is cut off.",
         ),
+        click.option("--chunk", is_flag=True, help="Split texts that are too long into windows; take their mean."),
+        click.option("--chunk-overlap", type=int, help="Tokens that windows share; default: an eighth of one."),
+        click.option("--tokens", is_flag=True, help="One vector a token instead of one a text."),
         click.option("--expect-model", help="Fail the job if the worker serves another model."),
     ]
     for option in reversed(options):
         command = option(command)
 
     @wraps(command)
-    def renamed(*args: Any, expect_model: str | None, **kwargs: Any) -> Any:
-        return command(*args, model=expect_model, **kwargs)
+    def renamed(*args: Any, expect_model: str | None, tokens: bool, **kwargs: Any) -> Any:
+        # --output names a file, so the option of that name goes by another.
+        return command(*args, model=expect_model, output="tokens" if tokens else "sentence", **kwargs)
 
     return renamed  # type: ignore[return-value]
 
@@ -81,7 +85,11 @@ def embed_options(command: Command) -> Command:
 def output_options(command: Command) -> Command:
     """--format and --output, for vectors."""
     command = click.option(
-        "--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default: stdout."
+        "--output",
+        "-o",
+        "output_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="File to write; default: stdout.",
     )(command)
     return click.option(
         "--format",
@@ -152,7 +160,7 @@ def embed(
     texts: tuple[str, ...],
     file: Any,
     file_format: str,
-    output: Path | None,
+    output_file: Path | None,
     timeout: float,
     queue: str,
     url: str,
@@ -164,10 +172,12 @@ def embed(
     embedq embed "Where do otters sleep?"
     embedq embed --file sentences.txt --format npy --output vectors.npy
     """
-    check_output(file_format, output)
+    check_output(file_format, output_file)
+    if keywords["output"] == "tokens" and file_format == "npy":
+        raise click.UsageError("npy cannot say which token is of which text; choose safetensors, json or jsonl")
     with EmbedQueue(url, queue=queue) as client:
         result = client.embed(read_texts(texts, file), timeout=timeout, **keywords)
-    write_result(result, file_format, output)
+    write_result(result, file_format, output_file)
 
 
 @click.command()
@@ -196,16 +206,16 @@ def status(job_ids: tuple[str, ...], url: str, as_json: bool) -> None:
 @output_options
 @timeout_option(30)
 @url_option
-def result(job_id: str, file_format: str, output: Path | None, timeout: float, url: str) -> None:
+def result(job_id: str, file_format: str, output_file: Path | None, timeout: float, url: str) -> None:
     """Fetch the embeddings of one job, waiting for it if need be.
 
     \b
     embedq result JOB_ID --format npy --output vectors.npy
     """
-    check_output(file_format, output)
+    check_output(file_format, output_file)
     with EmbedQueue(url) as client:
         embeddings = client.result(job_id, timeout=timeout)
-    write_result(embeddings, file_format, output)
+    write_result(embeddings, file_format, output_file)
 
 
 @click.command()

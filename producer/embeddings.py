@@ -27,9 +27,10 @@ class Timings:
 class Embeddings:
     """The decoded result of one job, in the order of its texts."""
 
-    #: (n, d) in the asked precision; float32 by default
+    #: (n, d) in the asked precision; float32 by default. Of token output (sum of num_tokens, d), text after text:
+    #: see `tokens`
     vectors: NDArray[np.generic]
-    #: (n,) tokens that the model saw, special tokens included
+    #: (n,) tokens that the model saw, special tokens included; of a text that was chunked, its own, counted once
     num_tokens: tuple[int, ...]
     #: (n,) whether the text was longer than the model takes
     truncated: tuple[bool, ...]
@@ -40,6 +41,20 @@ class Embeddings:
     #: the worker that published the result
     worker: str = ""
     timings: Timings = field(default_factory=Timings)
+    #: `sentence`: one vector a text; `tokens`: one a token
+    output: str = "sentence"
+    #: which ranges int8 and uint8 vectors are steps of: `embedq.model` turns them back into floats with
+    #: `dequantize(vectors, shipped_ranges(calibration, d))`, or with the ranges of the worker's calibration file
+    calibration: str = ""
+
+    @property
+    def tokens(self) -> list[NDArray[np.generic]]:
+        """Of token output, a (num_tokens, d) view for each text. Raises ValueError for any other."""
+        if self.output != "tokens":
+            raise ValueError("this result has one vector a text: ask for output='tokens' to have one a token")
+        import numpy as np
+
+        return np.split(self.vectors, np.cumsum(self.num_tokens)[:-1])
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -59,6 +74,8 @@ class Embeddings:
             model=parts[0].model,
             revision=parts[0].revision,
             worker=",".join(dict.fromkeys(part.worker for part in parts)),
+            output=parts[0].output,
+            calibration=",".join(dict.fromkeys(part.calibration for part in parts)),
             timings=Timings(
                 queued_s=max(t.queued_s for t in times),
                 tokenize_s=sum(t.tokenize_s for t in times),
@@ -70,13 +87,19 @@ class Embeddings:
         )
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON takes it, vectors as lists of numbers."""
+        """As JSON takes it, vectors as lists of numbers: one a text, or of token output a list of them a text."""
         return {
-            "vectors": self.vectors.tolist(),
+            "vectors": self.vectors_by_text(),
             "num_tokens": list(self.num_tokens),
             "truncated": list(self.truncated),
             "model": self.model,
             "revision": self.revision,
             "worker": self.worker,
+            "output": self.output,
+            "calibration": self.calibration,
             "timings": {name: getattr(self.timings, name) for name in Timings.__dataclass_fields__},
         }
+
+    def vectors_by_text(self) -> list[Any]:
+        """Plain numbers, an entry for each text."""
+        return [part.tolist() for part in (self.tokens if self.output == "tokens" else self.vectors)]

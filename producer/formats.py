@@ -13,6 +13,7 @@ import orjson
 
 from embedq.producer import wire
 from embedq.producer.embeddings import Embeddings
+from embedq.producer.errors import EmbedqError
 
 FileFormat = Literal["npy", "json", "jsonl", "safetensors"]
 FILE_FORMATS: tuple[str, ...] = get_args(FileFormat)
@@ -21,13 +22,18 @@ BINARY_FORMATS = ("npy", "safetensors")
 
 
 def encode(result: Embeddings, file_format: str) -> bytes:
-    """npy: the (n, d) array alone. safetensors: tensor and metadata. json: all. jsonl: one vector a line."""
+    """npy: the (n, d) array alone. safetensors: tensor and metadata. json: all. jsonl: one vector a line.
+
+    Of token output, jsonl has a line of vectors for each text; npy would lose which token is whose: EmbedqError.
+    """
     if file_format == "safetensors":
         return wire.encode_result(result)
     if file_format == "json":
         return orjson.dumps(result.to_plain(), option=orjson.OPT_INDENT_2) + b"\n"
     if file_format == "jsonl":
-        return b"".join(orjson.dumps(row) + b"\n" for row in result.vectors.tolist())
+        return b"".join(orjson.dumps(row) + b"\n" for row in result.vectors_by_text())
+    if result.output == "tokens":
+        raise EmbedqError("npy cannot say which token is of which text; use safetensors, json or jsonl")
     import numpy as np
 
     buffer = io.BytesIO()

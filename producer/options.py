@@ -15,6 +15,8 @@ from embedq.producer.errors import InvalidJobIdError, InvalidOptionError, Invali
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 TruncationSide = Literal["right", "left"]
+#: One vector a text, or the last hidden state of every token.
+Output = Literal["sentence", "tokens"]
 
 #: Texts one job may carry.
 MAX_TEXTS_PER_JOB = 1024
@@ -25,8 +27,11 @@ MAX_JOB_CHARS = 16_000_000
 #: Characters of an option that is text: a prompt, a model's name.
 MAX_OPTION_CHARS = 10_000
 
-#: Dimensions no model has.
+#: Precisions that token output has.
+TOKEN_PRECISIONS = ("float32", "float16")
+#: Dimensions no model has, and tokens no window has.
 MAX_DIMENSIONS = 1_000_000
+MAX_CHUNK_OVERLAP = 1_000_000
 #: Characters of what dashboards show.
 MAX_DESCRIPTION_CHARS = 1_000
 #: Ten years: the longest time to live, in seconds.
@@ -53,6 +58,9 @@ class EmbedOptionFields(TypedDict, total=False):
     precision: Precision
     truncate: bool
     truncation_side: TruncationSide
+    chunk: bool
+    chunk_overlap: int | None
+    output: Output
     model: str | None
 
 
@@ -79,11 +87,18 @@ class EmbedOptions:
     normalize: bool | None = None
     #: keep the first so many dimensions; unit vectors are made unit length again
     dimensions: int | None = None
+    #: int8 and uint8 are steps of the model's calibrated ranges, beyond which they are clamped
     precision: Precision = "float32"
     #: cut a text to the model's length; false makes an over-long text an error
     truncate: bool = True
     #: the side that is cut off
     truncation_side: TruncationSide = "right"
+    #: instead, split a text that is longer than the model into overlapping windows; its vector is their mean
+    chunk: bool = False
+    #: tokens that neighbouring windows share at least; None: an eighth of a window
+    chunk_overlap: int | None = None
+    #: `tokens`: the last hidden state of every token, special ones included, of unit length only if `normalize`
+    output: Output = "sentence"
     #: the model that the caller expects; a worker that serves another fails the job
     model: str | None = None
 
@@ -95,10 +110,29 @@ class EmbedOptions:
         wanted = f"a whole number from 1 to {MAX_DIMENSIONS}"
         _check(self.dimensions is None or _is_int(self.dimensions, 1, MAX_DIMENSIONS), "dimensions", wanted, self)
         _check(self.precision in get_args(Precision), "precision", _one_of(get_args(Precision)), self)
-        sides = get_args(TruncationSide)
+        sides, outputs = get_args(TruncationSide), get_args(Output)
         _check(self.truncation_side in sides, "truncation_side", _one_of(sides), self)
+        _check(self.output in outputs, "output", _one_of(outputs), self)
+        _check(isinstance(self.chunk, bool), "chunk", "true or false", self)
+        wanted = f"a whole number from 0 to {MAX_CHUNK_OVERLAP}"
+        fits = self.chunk_overlap is None or _is_int(self.chunk_overlap, 0, MAX_CHUNK_OVERLAP)
+        _check(fits, "chunk_overlap", wanted, self)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What contradicts itself."""
         if self.prompt is not None and self.prompt_name is not None:
             raise InvalidOptionError("prompt and prompt_name exclude each other; give one of them")
+        if self.chunk_overlap is not None and not self.chunk:
+            raise InvalidOptionError("chunk_overlap needs chunk; give both or neither")
+        if self.output == "tokens":
+            if self.chunk:
+                raise InvalidOptionError(
+                    "output tokens and chunk exclude each other: a token has one vector, in one window"
+                )
+            _check(
+                self.precision in TOKEN_PRECISIONS, "precision", f"{_one_of(TOKEN_PRECISIONS)} for output tokens", self
+            )
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> EmbedOptions:

@@ -53,6 +53,8 @@ CHUNK_JOBS = 1000
 CHUNK_BYTES = 4_000_000
 #: `embed` spreads its texts over jobs of so many, so that several workers share them.
 TEXTS_PER_EMBED_JOB = 64
+#: The same where each token has a vector: a job's results stay below what a worker refuses (64 MiB).
+TEXTS_PER_TOKEN_JOB = 16
 #: Seconds that `embed` leaves its results in Redis, whose ids nobody else knows.
 EMBED_RESULT_TTL_S = 300
 #: RQ's time limit of a job, which only a stock `rq worker` applies: 1,024 long texts on one CPU.
@@ -89,7 +91,7 @@ class EmbedQueue:
     ) -> EmbedJob:
         """One job with one text or up to 1,024; one round trip.
 
-        Keywords are those of `EmbedOptions` (dimensions, precision, prompt, ...) and of `JobSettings`
+        Keywords are those of `EmbedOptions` (dimensions, precision, prompt, chunk, output, ...) and of `JobSettings`
         (result_ttl, failure_ttl, ttl, retries, at_front, description). Enqueueing the same request under the
         same `job_id` again returns the same job. Raises InvalidTextError, InvalidOptionError, InvalidJobIdError,
         and DuplicateJobError if the id is taken by another request; then nothing was enqueued.
@@ -146,9 +148,10 @@ class EmbedQueue:
             check_text(text, index)
         keywords.setdefault("result_ttl", EMBED_RESULT_TTL_S)
         deadline = None if timeout is None else time.monotonic() + timeout
+        per_job = TEXTS_PER_TOKEN_JOB if keywords.get("output") == "tokens" else TEXTS_PER_EMBED_JOB
         jobs: list[EmbedJob] = []
         try:
-            jobs.extend(self.enqueue(some, **keywords) for some in _slices(everything))
+            jobs.extend(self.enqueue(some, **keywords) for some in _slices(everything, per_job))
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             parts: dict[str, Embeddings] = {}
             for job_id, outcome in self._outcomes([job.id for job in jobs], left):
@@ -355,12 +358,12 @@ def _check_distinct(job_ids: list[str]) -> None:
         raise InvalidJobIdError(f"job id {twice} stands twice in job_ids")
 
 
-def _slices(texts: list[str]) -> Iterator[list[str]]:
-    """Consecutive slices for one job each, within TEXTS_PER_EMBED_JOB and MAX_JOB_CHARS; one empty for none."""
+def _slices(texts: list[str], per_job: int) -> Iterator[list[str]]:
+    """Consecutive slices for one job each, within `per_job` and MAX_JOB_CHARS; one empty for none."""
     part: list[str] = []
     chars = 0
     for text in texts:
-        if part and (len(part) == TEXTS_PER_EMBED_JOB or chars + len(text) > MAX_JOB_CHARS):
+        if part and (len(part) == per_job or chars + len(text) > MAX_JOB_CHARS):
             yield part
             part, chars = [], 0
         part.append(text)

@@ -14,10 +14,10 @@ from embedq.producer.fleet import FleetInfo
 
 
 def print_summary(result: Embeddings) -> None:
+    # Of token output, the vector of each text's first token stands for the rest.
+    firsts = [part[0] for part in result.tokens] if result.output == "tokens" else result.vectors
     table = Table("text", "tokens", "first numbers", "length")
-    for index, (row, num_tokens, cut) in enumerate(
-        zip(result.vectors, result.num_tokens, result.truncated, strict=True)
-    ):
+    for index, (row, num_tokens, cut) in enumerate(zip(firsts, result.num_tokens, result.truncated, strict=True)):
         numbers = row.astype(np.float32)
         first = "  ".join(f"{number: .4f}" for number in numbers[:5])
         table.add_row(str(index), f"{num_tokens}{' (cut)' if cut else ''}", first, f"{np.linalg.norm(numbers):.4f}")

@@ -4,7 +4,8 @@ No pickle, and nothing is called or imported that the bytes name: a request for 
 refused. Knows neither Redis nor keys. Every decoder raises WireError and nothing else on foreign bytes.
 
 A request is RQ's `data` field: zlib of the JSON array [function, instance, args, kwargs]; the zlib layer is
-left out of small requests, which RQ reads too. A result is one safetensors file.
+left out of small requests, which RQ reads too. A result is one safetensors file: the tensor `embeddings` (n, d), or
+of token output `token_embeddings` (sum of num_tokens, d), the texts' tokens one after the other.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ VERSION = 1
 COMPRESS_FROM_BYTES = 256
 #: What a request may grow to; MAX_JOB_CHARS of four bytes each, escaped, is below it.
 MAX_REQUEST_BYTES = 128 * 1024 * 1024
+
+#: The tensor that holds a result's vectors, by `output`.
+TENSOR_NAMES = {"sentence": "embeddings", "tokens": "token_embeddings"}
 
 #: A safetensors file begins with its header's length, 8 bytes little-endian, of which the last four are zero
 #: in any sane file; JSON never holds a zero byte.
@@ -79,7 +83,7 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> EmbedRequest:
 
 
 def encode_result(result: Embeddings) -> bytes:
-    """A safetensors file with the tensor `embeddings` and all else as metadata strings."""
+    """A safetensors file with one tensor of TENSOR_NAMES and all else as metadata strings."""
     from safetensors.numpy import save
 
     metadata = {
@@ -90,8 +94,10 @@ def encode_result(result: Embeddings) -> bytes:
         "num_tokens": orjson.dumps(result.num_tokens).decode(),
         "truncated": orjson.dumps(result.truncated).decode(),
         "timings": orjson.dumps(result.timings).decode(),
+        "output": result.output,
+        "calibration": result.calibration,
     }
-    return save({"embeddings": result.vectors}, metadata)
+    return save({TENSOR_NAMES[result.output]: result.vectors}, metadata)
 
 
 def decode_result(blob: bytes) -> Embeddings:
@@ -100,8 +106,10 @@ def decode_result(blob: bytes) -> Embeddings:
     from safetensors.numpy import load
 
     try:
-        vectors = load(blob)["embeddings"]
+        tensors = load(blob)
         metadata = orjson.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
+        output = metadata.get("output", "sentence")
+        vectors = tensors[TENSOR_NAMES[output]]
         result = Embeddings(
             vectors=vectors,
             num_tokens=tuple(orjson.loads(metadata["num_tokens"])),
@@ -110,10 +118,13 @@ def decode_result(blob: bytes) -> Embeddings:
             revision=metadata["revision"],
             worker=metadata["worker"],
             timings=Timings(**orjson.loads(metadata["timings"])),
+            output=output,
+            calibration=metadata.get("calibration", ""),
         )
+        num_rows = sum(result.num_tokens) if output == "tokens" else len(result.num_tokens)
     except (SafetensorError, KeyError, TypeError, ValueError) as err:
         raise WireError(f"the result in Redis cannot be read: {err}") from err
-    if vectors.ndim != 2 or not len(vectors) == len(result.num_tokens) == len(result.truncated):
+    if vectors.ndim != 2 or len(vectors) != num_rows or len(result.num_tokens) != len(result.truncated):
         raise WireError("the result in Redis is at odds with itself: rows and token counts differ")
     return result
 

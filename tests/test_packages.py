@@ -47,6 +47,8 @@ def test_the_two_sides_of_the_wire_name_the_same_precisions_and_sides() -> None:
     model, producer = embedq.model.encoder, embedq.producer.options
     assert get_args(model.Precision) == get_args(producer.Precision)
     assert get_args(model.TruncationSide) == get_args(producer.TruncationSide)
+    assert get_args(model.Output) == get_args(producer.Output)
+    assert model.TOKEN_PRECISIONS == producer.TOKEN_PRECISIONS
 
 
 def test_an_unknown_name_of_the_model_package_is_an_attribute_error() -> None:

@@ -145,6 +145,7 @@ _ENCODER_SETTINGS = (
     _setting("revision", help="Branch, tag or commit of a hub model."),
     _setting("device", help="auto, cpu, cuda, cuda:1 or mps."),
     _setting("dtype", help="auto, float32, bfloat16 or float16."),
+    _setting("calibration", help="File of ranges for int8 and uint8 vectors; default: the model's own."),
     _setting(
         "max_batch_tokens",
         type=int,

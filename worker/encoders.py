@@ -10,6 +10,8 @@ from embedq.worker.settings import WorkerSettings
 def load_encoder(settings: WorkerSettings) -> Encoder:
     """Raises ModelError, and ConfigurationError where the model's libraries are not installed."""
     if settings.model.startswith("noop:"):
+        if settings.calibration is not None:
+            raise ConfigurationError(f"{settings.model} takes no calibration: its ranges are -1 to 1")
         return NoopEncoder.parse(settings.model)
     try:
         from embedq.model import SentenceEncoder
@@ -25,4 +27,5 @@ def load_encoder(settings: WorkerSettings) -> Encoder:
         max_batch_tokens=settings.max_batch_tokens,
         warm_up=settings.warm_up,
         allow_tf32=settings.allow_tf32,
+        calibration=settings.calibration,
     )

@@ -25,6 +25,8 @@ class WorkerSettings:
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    #: file of ranges for int8 and uint8 vectors; None: the model's own, else what ships for it
+    calibration: str | None = None
     #: tokens of one micro-batch; None: what the device is good for
     max_batch_tokens: int | None = None
     #: encode the largest micro-batches before the first job, to know that they fit; None: on cuda

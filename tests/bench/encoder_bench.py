@@ -55,7 +55,7 @@ def run() -> None:
 
 def _texts(encoder: SentenceEncoder) -> list[str]:
     """Sentences of the demo, joined up to lengths drawn with a fixed seed."""
-    lines = files("embedq.worker").joinpath("sentences.txt").read_text(encoding="utf-8").splitlines()
+    lines = files("embedq.model").joinpath("sentences.txt").read_text(encoding="utf-8").splitlines()
     sizes = [text.num_tokens for text in encoder.tokenize(lines)]
     draw = random.Random(0)
     texts = []

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from embedq.producer import EmbedQueue, JobStatus, QueueConnectionError, formats, keys
+from embedq.producer import EmbedQueue, JobStatus, QueueConnectionError, formats, keys, wire
 from embedq.worker.cli import main
 from tests.conftest import Drain, until
 
@@ -91,6 +91,37 @@ def test_every_format_holds_the_same_numbers(
     assert sorted(path.name for path in tmp_path.iterdir()) == [file.name]
 
 
+def test_token_output_goes_into_every_format_that_can_hold_it(
+    embedq: Shell, queue: EmbedQueue, drain: Drain, tmp_path: Path
+) -> None:
+    job_id = embedq("enqueue", "--one-job", "--tokens", "two words", "one").stdout.strip()
+    drain()
+    tokens = queue.result(job_id).tokens
+    assert [len(part) for part in tokens] == [4, 3]
+    file = tmp_path / "tokens"
+    shown = embedq("result", job_id, "--format", "safetensors", "-o", str(file))
+    assert "7 x 8 float32" in shown.stderr
+    np.testing.assert_array_equal(load_file(file)["token_embeddings"], np.concatenate(tokens))
+    lines = embedq("result", job_id, "--format", "jsonl").stdout.splitlines()
+    assert [np.shape(json.loads(line)) for line in lines] == [(4, 8), (3, 8)]
+    document = json.loads(embedq("result", job_id, "--format", "json").stdout)
+    assert (document["output"], np.shape(document["vectors"][1])) == ("tokens", (3, 8))
+    assert "7 x 8 float32 by noop:8" in embedq("result", job_id).stdout
+    refused = embedq("result", job_id, "--format", "npy", "-o", str(tmp_path / "no.npy"))
+    assert refused.exit_code == 1
+    assert one_line(refused).startswith("error: npy cannot say which token is of which text")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+
+
+def test_options_of_chunking_and_bytes_reach_the_job(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
+    embedq.environment |= {"EMBEDQ_CHUNK_OVERLAP": "50", "EMBEDQ_PRECISION": "uint8"}
+    job_id = embedq("enqueue", "--chunk", "word " * 1000).stdout.strip()
+    assert b"chunk_overlap" in wire._decompress(queue._redis.hget(keys.job(job_id), "data"))
+    drain()
+    document = json.loads(embedq("result", job_id, "--format", "json").stdout)
+    assert (document["num_tokens"], document["truncated"], document["calibration"]) == ([1002], [False], "unit")
+
+
 def test_embed_waits_for_the_worker(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
     shown: list[Result] = []
     arguments = ("embed", "a", "b", "--dimensions", "4", "--format", "npy")
@@ -145,6 +176,9 @@ def test_info_shows_queues_and_workers_without_changing_anything(embedq: Shell, 
         (["enqueue", "x", "--job-id", "a b"], 2, "error: job id 'a b' does not do"),
         (["enqueue", "x", "--result-ttl", "-7"], 2, "error: result_ttl must be a whole number from -1 to"),
         (["enqueue", "x", "--prompt", "a", "--prompt-name", "b"], 2, "error: prompt and prompt_name exclude"),
+        (["enqueue", "x", "--tokens", "--chunk"], 2, "error: output tokens and chunk exclude each other"),
+        (["enqueue", "x", "--chunk-overlap", "3"], 2, "error: chunk_overlap needs chunk"),
+        (["worker", "--model", "noop:8", "--calibration", "x"], 2, "error: noop:8 takes no calibration"),
         (["enqueue", "x" * 1_000_001], 2, "error: text 0 has 1,000,001 characters"),
         (["result", "nobody"], 3, "error: there is no job nobody"),
         (["cancel", "nobody"], 3, "error: there is no job nobody"),
@@ -194,6 +228,7 @@ def test_status_of_a_job_that_is_not_there_exits_with_3(embedq: Shell, queue: Em
         (["embed", "x", "--output", "v.npy"], None, "--output needs --format"),
         (["embed", "x", "--format", "npy", "--output", "/no/such/folder/v.npy"], None, "there is no folder"),
         (["embed", "x", "--timeout", "-1"], None, "--timeout"),
+        (["embed", "x", "--tokens", "--format", "npy", "--output", "v"], None, "npy cannot say which token is"),
         (["bogus"], None, "No such command 'bogus'"),
     ],
 )

@@ -18,6 +18,7 @@ from tiny import VOCABULARY, random_sequences, write_json, write_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedq.model import ModelOptionError, NonFiniteError, SentenceEncoder, TokenizedText
+from embedq.model.embedder import Embedder
 from embedq.producer import EmbedOptions, JobFailedError
 from embedq.producer.wire import EmbedRequest
 from embedq.worker.engine import Engine
@@ -77,13 +78,13 @@ def test_what_overflows_behind_the_layers_is_said_to(own_folder: Path) -> None:
 
 def test_an_error_that_a_text_alone_does_not_have_is_said_to(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load(own_folder)
-    whole = SentenceEncoder._encode_packed
+    whole = Embedder.encode_packed
 
-    def flaky(encoder: SentenceEncoder, sequences: list[Any]) -> torch.Tensor:
+    def flaky(encoder: Embedder, sequences: list[Any]) -> torch.Tensor:
         vectors = whole(encoder, sequences)
         return vectors * math.nan if len(sequences) > 1 else vectors
 
-    monkeypatch.setattr(SentenceEncoder, "_encode_packed", flaky)
+    monkeypatch.setattr(Embedder, "encode_packed", flaky)
     with pytest.raises(NonFiniteError, match=r"text 0: .*not when the text is encoded alone"):
         encoder.encode(["the fox", "the dog"])
 

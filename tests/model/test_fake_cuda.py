@@ -70,8 +70,8 @@ def encode(watch: Watch, folder: Path, dtype: torch.dtype) -> torch.Tensor:
     encoder = SentenceEncoder(folder, name="fake", revision="0", device=CUDA, dtype=dtype_name(dtype))
     watch.reset()
     with torch.no_grad():
-        vectors = encoder._encode_packed(random_sequences(LENGTHS))
-        encoder._runtime.download(vectors)
+        vectors = encoder._embedder.encode_packed(random_sequences(LENGTHS))
+        encoder._embedder.runtime.download(vectors)
     return vectors
 
 

@@ -154,7 +154,7 @@ def test_normalize_before_dense_is_out_of_place(own_folder: Path) -> None:
     [
         ({"pooling_mode": "attention"}, "'attention' is unknown"),
         ({"pooling_mode": []}, "is unknown"),
-        ({"include_prompt": False}, "include_prompt false is not supported"),
+        ({"include_prompt": "no"}, "'include_prompt' must be true or false"),
         ({"word_embedding_dimension": 7}, "Pooling is for 7 dimensions, the encoder has 24"),
     ],
 )
@@ -167,11 +167,11 @@ def test_a_bad_pooling_is_named(own_folder: Path, config: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"activation_function": "torch.nn.modules.activation.ReLU"}, "ReLU' is not supported"),
+        ({"activation_function": "torch.nn.modules.activation.Softmax"}, "Softmax' is not supported"),
+        ({"activation_function": "mine.ReLU"}, "'mine.ReLU' is not supported"),
         ({"activation_function": ["Tanh"]}, "is not supported"),
         ({"in_features": None}, "'in_features' is missing"),
         ({"in_features": 7}, "takes 7 dimensions and is given 24"),
-        ({"use_residual": True}, "use_residual is not supported"),
         ({"module_input_name": "token_embeddings"}, "module_input_name 'token_embeddings'"),
         ({}, r"2_Dense/model\.safetensors is missing"),
     ],

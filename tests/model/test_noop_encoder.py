@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedq.model import ModelNotFoundError, ModelOptionError, NoopEncoder, TextTooLongError
+from embedq.model import (
+    ModelNotFoundError,
+    ModelOptionError,
+    NoopEncoder,
+    TextTooLongError,
+    dequantize,
+    shipped_ranges,
+)
 
 #: What "hello world" gave in the first release, whole and its first four dimensions.
 HELLO_4 = [0.3722769, -0.5632804, -0.5676196, 0.4710979]
@@ -98,3 +105,41 @@ def test_postprocess_cuts_and_quantizes() -> None:
     vectors = encode(encoder, ["a", "b"])
     assert np.linalg.norm(encoder.postprocess(vectors, dimensions=16), axis=1) == pytest.approx([1, 1])
     assert encoder.postprocess(vectors, precision="ubinary").shape == (2, 8)
+
+
+def test_bytes_are_steps_from_minus_one_to_one() -> None:
+    encoder = NoopEncoder(64)
+    vectors = encode(encoder, ["a", "b"])
+    assert encoder.calibration_digest == "unit"
+    for dimensions in (64, 10):
+        wanted = encoder.postprocess(vectors, dimensions=dimensions)
+        ours = encoder.postprocess(vectors, dimensions=dimensions, precision="int8")
+        assert ours.dtype == np.int8
+        np.testing.assert_allclose(dequantize(ours, shipped_ranges("unit", dimensions)), wanted, atol=1 / 255)
+
+
+def test_token_vectors_are_fixed_by_the_text_and_the_place() -> None:
+    encoder = NoopEncoder(16)
+    first, second = encoder.encode_states(encoder.tokenize(["two words", "one"]))
+    assert (first.shape, second.shape, encoder.token_dim) == ((4, 16), (3, 16), 16)
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
+    assert len(np.unique(np.concatenate((first, second)), axis=0)) == 7
+    assert np.array_equal(encoder.encode_states(encoder.tokenize(["one"]))[0], second)
+    np.testing.assert_allclose(
+        encoder.postprocess_states(first, dimensions=3, precision="float16"), first[:, :3], atol=1e-3
+    )
+
+
+def test_windows_are_words_with_the_prompt_before_each() -> None:
+    encoder = NoopEncoder(8)
+    words = [f"w{index}" for index in range(1000)]
+    short, long = encoder.tokenize_windows(["two words", " ".join(words)], prompt="say: ", overlap=10)
+    assert short.windows[0].ids.tolist() == encoder.tokenize(["say: two words"])[0].ids.tolist()
+    assert (short.num_tokens, long.num_tokens) == (5, 1003)
+    first, *_, last = encoder.tokenize([" ".join(["say:", *words[:381]]), " ".join(["say:", *words[-381:]])])
+    assert len(long.windows) == 3
+    assert long.windows[0].ids.tolist() == first.ids.tolist()
+    assert long.windows[-1].ids.tolist() == last.ids.tolist()
+    with pytest.raises(TextTooLongError, match="text 1 has more than the") as caught:
+        encoder.tokenize_windows(["fine", "w " * 500_000])
+    assert caught.value.text_index == 1

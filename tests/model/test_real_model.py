@@ -86,7 +86,7 @@ def test_every_layer_is_transformers_at_every_length_in_one_batch(
 ) -> None:
     sequences = random_sequences(LENGTHS, vocab_size=30000)
     with torch.inference_mode():
-        ours = [state.split(LENGTHS) for state in encoder._model.hidden_states(pack(sequences))]
+        ours = [state.split(LENGTHS) for state in encoder._embedder.model.hidden_states(pack(sequences))]
     pooled = encoder.postprocess(encoder.encode_tokens([TokenizedText(ids, False) for ids in sequences]))
     for place, ids in enumerate(sequences):
         expected = reference_states(their_model, ids)

@@ -175,7 +175,7 @@ def test_an_encoder_gives_the_same_through_pinned_buffers_and_from_several_threa
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
     monkeypatch.setattr(runtime, "_pinned", lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
-    encoder._runtime = encoder._model._runtime = CudaRuntime(CPU)
+    encoder._embedder.runtime = encoder._embedder.model._runtime = CudaRuntime(CPU)
     with ThreadPoolExecutor(4) as pool:
         for ours, wanted in zip(pool.map(encoder.encode_tokens, batches), expected, strict=True):
             np.testing.assert_allclose(ours, wanted, atol=2e-6 * np.abs(wanted).max())

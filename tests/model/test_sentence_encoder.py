@@ -22,6 +22,7 @@ from embedq.model import (
     TextTooLongError,
     TokenizedText,
 )
+from embedq.model.embedder import Embedder
 
 TEXTS = ["the fox", "", "dog " * 40, "a, b. c", "over the quick brown dog", "中 é"]
 #: Float32 sums in another order.
@@ -30,7 +31,7 @@ TOLERANCE = 2e-6
 
 @pytest.fixture(scope="module")
 def encoder(tiny_folder: Path) -> SentenceEncoder:
-    return SentenceEncoder.load(tiny_folder, device="cpu")
+    return SentenceEncoder.load(tiny_folder, device="cpu", dtype="float32")
 
 
 def tokens(lengths: list[int]) -> list[TokenizedText]:
@@ -75,16 +76,16 @@ def test_micro_batches_keep_to_the_budget(
     tiny_folder: Path, encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch, max_batch_tokens: int
 ) -> None:
     batches: list[list[int]] = []
-    whole = SentenceEncoder._encode_packed
+    whole = Embedder.encode_packed
 
-    def watched(self: SentenceEncoder, sequences: list[Any]) -> torch.Tensor:
+    def watched(self: Embedder, sequences: list[Any]) -> torch.Tensor:
         batches.append([len(ids) for ids in sequences])
         return whole(self, sequences)
 
     batch = tokens([5, 64, 1, 30, 30, 9, 2, 64, 1])
     expected = encoder.encode_tokens(batch)
-    monkeypatch.setattr(SentenceEncoder, "_encode_packed", watched)
-    small = SentenceEncoder.load(tiny_folder, device="cpu", max_batch_tokens=max_batch_tokens)
+    monkeypatch.setattr(Embedder, "encode_packed", watched)
+    small = SentenceEncoder.load(tiny_folder, device="cpu", dtype="float32", max_batch_tokens=max_batch_tokens)
     np.testing.assert_allclose(small.encode_tokens(batch), expected, atol=TOLERANCE * np.abs(expected).max())
     assert all(len(lengths) == 1 or sum(lengths) <= max_batch_tokens for lengths in batches)
     assert [length for lengths in batches for length in lengths] == sorted([5, 64, 1, 30, 30, 9, 2, 64, 1])[::-1]
@@ -92,7 +93,7 @@ def test_micro_batches_keep_to_the_budget(
 
 def test_many_micro_batches_are_copied_out_on_the_way(tiny_folder: Path, encoder: SentenceEncoder) -> None:
     batch = tokens([3] * 50)
-    small = SentenceEncoder.load(tiny_folder, device="cpu", max_batch_tokens=3)
+    small = SentenceEncoder.load(tiny_folder, device="cpu", dtype="float32", max_batch_tokens=3)
     expected = encoder.encode_tokens(batch)
     np.testing.assert_allclose(small.encode_tokens(batch), expected, atol=TOLERANCE * np.abs(expected).max())
 

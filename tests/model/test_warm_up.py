@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from embedq.model import DeviceError, SentenceEncoder
+from embedq.model.embedder import Embedder
 from embedq.model.runtime import HostRuntime, Memory
 from embedq.model.warm_up import proven_budget
 
@@ -82,19 +83,24 @@ def test_an_encoder_warms_up_where_it_is_asked_to(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="embedq.model.warm_up")
-    cold = SentenceEncoder.load(tiny_folder, device="cpu", max_batch_tokens=200)
+    cold = SentenceEncoder.load(tiny_folder, device="cpu", dtype="float32", max_batch_tokens=200)
     assert "warmed up" not in caplog.text
-    warm = SentenceEncoder.load(tiny_folder, device="cpu", max_batch_tokens=200, warm_up=True)
+    warm = SentenceEncoder.load(tiny_folder, device="cpu", dtype="float32", max_batch_tokens=200, warm_up=True)
     assert "warmed up" in caplog.text
     assert warm.max_batch_tokens == 200
     np.testing.assert_array_equal(warm.encode("the fox"), cold.encode("the fox"))
 
-    whole = SentenceEncoder._encode_packed
+    whole = Embedder.encode_packed
 
-    def cramped(encoder: SentenceEncoder, sequences: Sequence[Any]) -> torch.Tensor:
+    def cramped(encoder: Embedder, sequences: Sequence[Any]) -> torch.Tensor:
         if sum(map(len, sequences)) > 150:
             raise torch.OutOfMemoryError("out of memory")
         return whole(encoder, sequences)
 
-    monkeypatch.setattr(SentenceEncoder, "_encode_packed", cramped)
-    assert SentenceEncoder.load(tiny_folder, device="cpu", max_batch_tokens=200, warm_up=True).max_batch_tokens == 100
+    monkeypatch.setattr(Embedder, "encode_packed", cramped)
+    assert (
+        SentenceEncoder.load(
+            tiny_folder, device="cpu", dtype="float32", max_batch_tokens=200, warm_up=True
+        ).max_batch_tokens
+        == 100
+    )

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import redis
 
-from embedq.model import NoopEncoder
+from embedq.model import NoopEncoder, dequantize, shipped_ranges
 from embedq.producer import (
     ConfigurationError,
     DuplicateJobError,
+    Embeddings,
     EmbedJob,
     EmbedOptions,
     EmbedQueue,
@@ -35,7 +36,7 @@ from embedq.producer import (
 )
 from embedq.producer import queue as queue_module
 from embedq.producer.connection import connect
-from tests.conftest import Drain
+from tests.conftest import Drain, until
 
 
 def vector(text: str, dim: int = 8) -> np.ndarray:
@@ -115,11 +116,50 @@ def test_embed_waits_and_joins_several_jobs(queue: EmbedQueue, drain: Drain, url
     np.testing.assert_allclose(found[0].vectors[149], vector(texts[149]), atol=1e-7)
 
 
+def test_token_output_comes_back_text_by_text(queue: EmbedQueue, drain: Drain, url: str) -> None:
+    encoder = NoopEncoder(8)
+    texts = [f"text number {number}" * (number % 3) for number in range(40)]
+    job = queue.enqueue(texts, output="tokens")
+    drain()
+    result = job.result(timeout=0)
+    wanted = encoder.encode_states(encoder.tokenize(texts))
+    for part, states in zip(result.tokens, wanted, strict=True):
+        np.testing.assert_array_equal(part, states)
+    found: list[Embeddings] = []
+    with EmbedQueue(url) as other:
+        thread = threading.Thread(target=lambda: found.append(other.embed(texts, output="tokens", timeout=20)))
+        thread.start()
+        until(lambda: queue.depth() == 3)
+        drain()
+        thread.join(20)
+    np.testing.assert_array_equal(found[0].vectors, result.vectors)
+    assert found[0].num_tokens == result.num_tokens
+
+
+def test_bytes_come_back_with_their_ranges_and_long_texts_in_windows(queue: EmbedQueue, drain: Drain) -> None:
+    encoder = NoopEncoder(8)
+    texts = ["short", " ".join(f"w{number}" for number in range(1000))]
+    as_bytes = queue.enqueue(texts, precision="int8", dimensions=6)
+    chunked = queue.enqueue(texts, chunk=True, chunk_overlap=9)
+    plain = queue.enqueue(texts, dimensions=6)
+    drain(max_batch_tokens=400)
+    result = as_bytes.result(timeout=0)
+    assert (result.vectors.dtype, result.calibration) == (np.int8, "unit")
+    back = dequantize(result.vectors, shipped_ranges(result.calibration, 6))
+    np.testing.assert_allclose(back, plain.result(timeout=0).vectors, atol=1 / 255)
+    windows = encoder.tokenize_windows(texts, overlap=9)
+    means = np.stack([encoder.encode_tokens(text.windows).mean(axis=0) for text in windows])
+    np.testing.assert_allclose(chunked.result(timeout=0).vectors, encoder.postprocess(means), atol=1e-6)
+    assert chunked.result(timeout=0).num_tokens == (3, 1002)
+    assert plain.result(timeout=0).truncated == (False, True)
+
+
 def test_embed_splits_what_is_too_much_for_one_job(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "MAX_JOB_CHARS", 100)
-    slices = list(queue_module._slices(["x" * 60, "y" * 30, "z" * 20, *"ab"]))
-    assert [len(part) for part in slices] == [2, 3]
-    assert list(queue_module._slices([])) == [[]]
+    texts = ["x" * 60, "y" * 30, "z" * 20, *"ab"]
+    assert [len(part) for part in queue_module._slices(texts, 64)] == [2, 3]
+    assert [len(part) for part in queue_module._slices(texts, 2)] == [2, 2, 1]
+    assert list(queue_module._slices([], 64)) == [[]]
 
 
 def test_embed_that_times_out_leaves_nothing_waiting(queue: EmbedQueue) -> None:

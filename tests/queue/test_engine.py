@@ -112,7 +112,9 @@ def test_a_job_may_be_spread_over_micro_batches() -> None:
         ({"model": "other"}, "wrong_model", "wants model other, this worker serves noop:8"),
         ({"prompt_name": "query"}, "unsupported_option", "query"),
         ({"dimensions": 9}, "unsupported_option", "dimensions must be 1 to 8"),
-        ({"precision": "int8"}, "unsupported_option", "int8"),
+        ({"chunk": True, "chunk_overlap": 382}, "unsupported_option", "chunk_overlap must be 0 to 381"),
+        ({"chunk": True, "prompt": "word " * 382}, "unsupported_option", "the prompt leaves no room"),
+        ({"output": "tokens", "dimensions": 9}, "unsupported_option", "dimensions must be 1 to 8"),
         ({"truncate": False}, "text_too_long", "384"),
     ],
 )
@@ -138,6 +140,112 @@ def test_options_reach_the_vectors() -> None:
     assert not np.allclose(engine.run(request("text", prompt="query: ")).vectors, plain)
     long = engine.run(request("word " * 500))
     assert (long.num_tokens, long.truncated) == ((384,), (True,))
+
+
+def test_token_output_is_filled_piece_by_piece_and_shares_no_batch_with_sentences() -> None:
+    encoder = NoopEncoder(8)
+    engine = Engine(encoder, max_batch_tokens=8)
+    texts = ["a b c", "d", "", "e f g h i j k l m"]
+    works = [engine.tokenize(request(*texts, output=output)) for output in ("tokens", "sentence", "tokens")]
+    batches = engine.plan(works)
+    assert sorted((piece.work is works[1], piece.text_index) for batch in batches for piece in batch) == sorted(
+        (place == 1, index) for place in range(3) for index in range(4)
+    )
+    for batch in batches:
+        assert len({piece.work.output for piece in batch}) == 1
+        engine.encode(batch)
+    result = engine.finish(works[0])
+    assert result.output == "tokens"
+    assert result.num_tokens == (5, 3, 2, 11)
+    for part, wanted in zip(result.tokens, encoder.encode_states(encoder.tokenize(texts)), strict=True):
+        np.testing.assert_array_equal(part, wanted)
+    np.testing.assert_array_equal(engine.finish(works[1]).vectors, engine.run(request(*texts)).vectors)
+
+
+def test_the_most_urgent_text_is_encoded_first_whatever_its_output() -> None:
+    engine = Engine(NoopEncoder(8), max_batch_tokens=3)
+    works = [engine.tokenize(request("a", output=output)) for output in ("tokens", "sentence", "tokens", "sentence")]
+    assert [works.index(batch[0].work) for batch in engine.plan(works)] == [0, 1, 2, 3]
+
+
+def test_token_output_takes_half_floats_and_dimensions() -> None:
+    result = Engine(NoopEncoder(8)).run(request("a b", output="tokens", precision="float16", dimensions=3))
+    assert (result.vectors.shape, result.vectors.dtype) == ((4, 3), np.float16)
+    unit = Engine(NoopEncoder(8)).run(request("a b", output="tokens", normalize=True, dimensions=3))
+    np.testing.assert_allclose(np.linalg.norm(unit.vectors, axis=1), 1, atol=1e-6)
+
+
+def test_too_much_token_output_is_refused_before_anything_is_encoded() -> None:
+    encoder = MoodyEncoder()
+    text = "word " * 500  # 384 tokens x 8 x 4 bytes
+    engine = Engine(encoder)
+    assert engine.tokenize(request(*[text] * 1024, output="tokens")).missing == 1024
+    wide = Engine(NoopEncoder(768))
+    with pytest.raises(JobFailedError, match=r"22,272 tokens x 768 float32 are 68,419,584 bytes of output") as caught:
+        wide.tokenize(request(*[text] * 58, output="tokens"))
+    assert (caught.value.code, caught.value.retryable) == ("output_too_large", False)
+    assert wide.tokenize(request(*[text] * 58, output="tokens", precision="float16")).missing == 58
+    assert encoder.batches == []
+
+
+def test_a_token_vector_that_is_not_finite_fails_its_job_alone() -> None:
+    class Broken(NoopEncoder):
+        def encode_states(self, batch: Sequence[TokenizedText]) -> list[NDArray[np.float32]]:
+            states = super().encode_states(batch)
+            return [np.where(len(part) == 4, np.inf, part).astype(np.float32) for part in states]
+
+    engine = Engine(Broken(8))
+    works = [
+        engine.tokenize(request("a", "two words", output="tokens")),
+        engine.tokenize(request("b", output="tokens")),
+    ]
+    [batch] = engine.plan(works)
+    engine.encode(batch)
+    assert engine.finish(works[1]).vectors.shape == (3, 8)
+    with pytest.raises(JobFailedError, match="text 1: the model's output is not finite"):
+        engine.finish(works[0])
+
+
+def test_windows_are_pieces_of_their_own_and_the_vector_is_their_mean() -> None:
+    encoder = NoopEncoder(64)
+    engine = Engine(encoder, max_batch_tokens=400)
+    texts = ["short", " ".join(f"w{index}" for index in range(2000)), "other"]
+    work = engine.tokenize(request(*texts, chunk=True, chunk_overlap=20, dimensions=32))
+    batches = engine.plan([work])
+    assert len(batches) == 6  # one for each window; the short texts share the first
+    for batch in reversed(batches):
+        engine.encode(batch)
+    result = engine.finish(work)
+    windows = [text.windows for text in encoder.tokenize_windows(texts, overlap=20)]
+    wanted = np.stack([encoder.encode_tokens(text).mean(axis=0)[:32] for text in windows])
+    np.testing.assert_allclose(result.vectors, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6)
+    assert result.num_tokens == (3, 2002, 3)
+    assert result.truncated == (False, False, False)
+
+
+def test_a_window_that_cannot_be_encoded_names_its_text() -> None:
+    class NoWindows(NoopEncoder):
+        def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
+            if any(text.num_tokens == 384 for text in batch):
+                raise MemoryError("too long")
+            return super().encode_tokens(batch)
+
+    with pytest.raises(JobFailedError, match="text 1 could not be encoded: MemoryError") as caught:
+        Engine(NoWindows(8)).run(request("short", "word " * 1000, chunk=True))
+    assert caught.value.text_index == 1
+
+
+def test_a_text_of_too_many_windows_fails_its_job_by_index() -> None:
+    with pytest.raises(JobFailedError, match="that 1,024 windows hold: split it") as caught:
+        Engine(NoopEncoder(8)).tokenize(request("fine", "w " * 400_000, chunk=True))
+    assert (caught.value.code, caught.value.text_index) == ("text_too_long", 1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "digest"), [("int8", "unit"), ("uint8", "unit"), ("binary", ""), ("float32", "")]
+)
+def test_a_result_names_the_ranges_it_was_made_with(precision: Any, digest: str) -> None:
+    assert Engine(NoopEncoder(8)).run(request("a", precision=precision)).calibration == digest
 
 
 def test_the_task_that_a_stock_worker_runs_gives_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:

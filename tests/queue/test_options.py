@@ -37,6 +37,13 @@ from embedq.producer.options import (
         ({"prompt": 3}, "prompt must be a string"),
         ({"prompt": "a: ", "prompt_name": "query"}, "prompt and prompt_name exclude each other"),
         ({"prompt": "x" * 10_001}, "prompt has 10,001 characters"),
+        ({"output": "words"}, "output must be one of sentence, tokens, not 'words'"),
+        ({"chunk": 1}, "chunk must be true or false"),
+        ({"chunk": True, "chunk_overlap": -1}, "chunk_overlap must be a whole number from 0 to 1000000"),
+        ({"chunk": True, "chunk_overlap": True}, "chunk_overlap must be a whole number"),
+        ({"chunk_overlap": 3}, "chunk_overlap needs chunk"),
+        ({"output": "tokens", "chunk": True}, "output tokens and chunk exclude each other"),
+        ({"output": "tokens", "precision": "int8"}, "precision must be one of float32, float16 for output tokens"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_by_name(options: dict[str, Any], message: str) -> None:
@@ -67,6 +74,7 @@ def test_keywords_are_sorted_into_options_and_settings() -> None:
 
 def test_only_what_differs_from_the_defaults_goes_over_the_wire() -> None:
     assert EmbedOptions().to_mapping() == {}
+    assert EmbedOptions(output="tokens", chunk_overlap=None).to_mapping() == {"output": "tokens"}
     assert EmbedOptions(normalize=False, precision="binary").to_mapping() == {"normalize": False, "precision": "binary"}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedq.model import SentenceEncoder
+from embedq.model import Calibration, SentenceEncoder, dequantize
 from embedq.producer import EmbedQueue, JobFailedError
 from tests.conftest import Drain
 
@@ -37,3 +37,32 @@ def test_vectors_from_the_queue_equal_the_encoders_own(queue: EmbedQueue, drain:
     with pytest.raises(JobFailedError) as caught:
         too_long.result(timeout=0)
     assert (caught.value.code, caught.value.text_index) == ("text_too_long", 5)
+
+
+@pytest.mark.real_model
+def test_bytes_tokens_and_windows_from_the_queue_equal_the_encoders_own(
+    queue: EmbedQueue, drain: Drain, real_model_path: Path, tmp_path: Path
+) -> None:
+    encoder = SentenceEncoder.load(str(real_model_path), device="cpu", dtype="float32")
+    texts = ["Where do otters sleep?", "Afloat. " * 150]
+    vectors = encoder.encode(texts)
+    mine = Calibration({768: np.stack((vectors.min(axis=0), vectors.max(axis=0)))}, normalized=True)
+    file = tmp_path / "ranges.safetensors"
+    file.write_bytes(mine.to_bytes({}))
+    as_bytes, cut = queue.enqueue(texts, precision="uint8"), queue.enqueue(texts, precision="uint8", dimensions=256)
+    tokens = queue.enqueue(texts, output="tokens", precision="float16")
+    chunked = queue.enqueue(texts, chunk=True, chunk_overlap=100)
+    drain(model=str(real_model_path), dtype="float32", calibration=str(file))
+
+    result = as_bytes.result(timeout=0)
+    assert (result.vectors.dtype, result.calibration) == (np.uint8, mine.digest)
+    steps = (mine.ranges[768][1] - mine.ranges[768][0]) / 255
+    assert (np.abs(dequantize(result.vectors, mine.ranges[768]) - vectors) <= steps / 2 + 1e-6).all()
+    with pytest.raises(JobFailedError, match="no ranges for 256 dimensions, only for 768"):
+        cut.result(timeout=0)
+    states = encoder.encode(texts, output="tokens")
+    for part, wanted in zip(tokens.result(timeout=0).tokens, states, strict=True):
+        np.testing.assert_allclose(part, wanted, atol=2e-3)
+    wanted = encoder.encode(texts, chunk=True, chunk_overlap=100)
+    np.testing.assert_allclose(chunked.result(timeout=0).vectors, wanted, atol=2e-6)
+    assert chunked.result(timeout=0).num_tokens == tuple(text.num_tokens for text in encoder.tokenize_windows(texts))

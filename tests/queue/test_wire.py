@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import pickle
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def make_result(vectors: Any = None) -> Embeddings:
 
 @given(st.lists(st.text(max_size=200), min_size=1, max_size=20), st.sampled_from(["float32", "binary"]))
 def test_a_request_survives_the_wire(texts: list[str], precision: Any) -> None:
-    options = EmbedOptions(dimensions=7, precision=precision)
+    options = EmbedOptions(dimensions=7, precision=precision, chunk=True, chunk_overlap=5)
     request = wire.decode_request(wire.encode_request(texts, options))
     assert request.texts == texts
     assert request.options == options
@@ -66,6 +67,44 @@ def test_a_result_is_plain_safetensors() -> None:
     from safetensors.numpy import load
 
     assert load(wire.encode_result(make_result()))["embeddings"].shape == (2, 3)
+
+
+def test_token_output_survives_under_a_name_of_its_own() -> None:
+    from safetensors.numpy import load
+
+    vectors = np.arange(14, dtype=np.float16).reshape(7, 2)
+    result = replace(make_result(vectors[:2]), vectors=vectors, output="tokens")
+    blob = wire.encode_result(result)
+    assert list(load(blob)) == ["token_embeddings"]
+    back = wire.decode_result(blob)
+    assert [part.tolist() for part in back.tokens] == [vectors[:3].tolist(), vectors[3:].tolist()]
+    assert back.to_plain()["vectors"] == [vectors[:3].tolist(), vectors[3:].tolist()]
+    both = Embeddings.concatenate([back, back])
+    assert (len(both), len(both.tokens), both.output) == (4, 4, "tokens")
+    with pytest.raises(WireError, match="at odds with itself"):
+        wire.decode_result(wire.encode_result(replace(result, vectors=vectors[:6])))
+    with pytest.raises(ValueError, match="one vector a text"):
+        _ = make_result().tokens
+
+
+def test_a_result_says_which_ranges_it_was_made_with() -> None:
+    result = replace(make_result(np.zeros((2, 3), np.int8)), calibration="0123456789ab")
+    assert wire.decode_result(wire.encode_result(result)).calibration == "0123456789ab"
+    assert result.to_plain()["calibration"] == "0123456789ab"
+    other = replace(result, calibration="ba9876543210")
+    assert Embeddings.concatenate([result, result, other]).calibration == "0123456789ab,ba9876543210"
+
+
+def test_a_result_of_an_older_worker_is_one_vector_a_text() -> None:
+    from safetensors.numpy import load, save
+
+    blob = wire.encode_result(make_result())
+    metadata = orjson.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
+    old = {name: value for name, value in metadata.items() if name not in ("output", "calibration")}
+    back = wire.decode_result(save(load(blob), old))
+    assert (back.output, back.calibration) == ("sentence", "")
+    with pytest.raises(WireError, match="cannot be read"):
+        wire.decode_result(save(load(blob), metadata | {"output": "words"}))
 
 
 def request_bytes(call: Any) -> bytes:
