@@ -20,7 +20,7 @@ from embedq.model.terminal import terminal_progress
 if TYPE_CHECKING:
     from embedq.model.bench import EncoderBench
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 ATTENTIONS = ("auto", "bmm", "sdpa", "native")
 EXIT_INTERRUPTED = 130
 

@@ -51,10 +51,10 @@ HEAD = """\
 # The encoder beside its peers
 
 `make bench` writes this file. {model}; medians of {rounds} rounds in which all systems took turns, one computing at a
-time, with {threads} threads each; tokenisation is included. Peers run at their best batch size for each corpus, embedq as it
-is set by default. `embedq ... times` is embedq's speed in that number type over the row's. Cosines are to transformers
-in float32. The matrix products alone are the limit with prepacked weights; in int8 they are torch's `_int_mm`, which
-takes them as they are.
+time, with {threads} threads each; tokenisation is included. Peers run at their best batch size for each corpus, embedq
+as it is set by default. `embedq ... times` is embedq's speed in that number type over the row's. Cosines are to
+transformers in float32. The matrix products alone are the limit with prepacked weights; in int8 they are torch's
+`_int_mm`, which takes them as they are.
 """
 
 Vectors = NDArray[np.float32]
