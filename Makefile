@@ -1,6 +1,7 @@
 # The commands of this project; people and CI call the same ones.
 
 PYTHON ?= python3
+ROUNDS ?= 5
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 DEPENDENCIES := pyproject.toml constraints.txt
@@ -26,8 +27,8 @@ lint: $(VENV)/.dev ## ruff, rules and format
 types: $(VENV)/.dev build/typing ## mypy --strict
 	@$(VENV)/bin/mypy
 
-bench: $(VENV)/.dev ## throughput of queue and encoder, side by side with their peers
-	@$(VENV)/bin/python -m tests.bench.run
+bench: $(VENV)/.dev ## throughput of queue and encoder, side by side with their peers; ROUNDS=5
+	@$(VENV)/bin/python -m tests.bench.run --rounds $(ROUNDS)
 
 clean: ## remove .venv and all that was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

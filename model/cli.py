@@ -17,7 +17,7 @@ import click
 from embedq.model.calibrate import FEW_TEXTS, calibrate_model
 from embedq.model.errors import ModelOptionError
 from embedq.model.inspection import Inspection, inspect_model
-from embedq.model.samples import sample_sentences
+from embedq.model.samples import sentences
 from embedq.model.sources import resolve_model
 from embedq.model.terminal import terminal_progress
 from embedq.model.verify import Check, verify_model
@@ -166,7 +166,7 @@ def calibrate(
       embedq model calibrate ./my-model --texts sample.txt --output ranges.safetensors --dimensions 256
       embedq worker --model ./my-model --calibration ranges.safetensors
     """
-    lines = sample_sentences() if texts is None else _lines_of(texts)
+    lines = sentences() if texts is None else _lines_of(texts)
     with terminal_progress() as progress:
         resolved = resolve_model(name, revision=revision, progress=progress)
     calibration = calibrate_model(resolved, lines, dimensions, device=device)

@@ -200,7 +200,12 @@ class SentenceEncoder:
 
     @property
     def max_batch_tokens(self) -> int:
+        """Tokens of a micro-batch; may be set."""
         return self._embedder.max_batch_tokens
+
+    @max_batch_tokens.setter
+    def max_batch_tokens(self, num_tokens: int) -> None:
+        self._embedder.max_batch_tokens = num_tokens
 
     def warm_up(self) -> None:
         """Lowers `max_batch_tokens` to what is proven to fit the device. Raises DeviceError if no long text does."""

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import click
 
 from embedq.model import ModelError
+from embedq.model.bench_cli import bench_group
 from embedq.model.cli import model_group
 from embedq.producer import cli as client
 from embedq.producer.connection import connect, translated_errors
@@ -254,7 +255,7 @@ def _name_variables(command: click.Command) -> None:
             _name_variables(inner)
 
 
-for _command in (demo, up, worker, *client.COMMANDS, model_group):
+for _command in (demo, up, worker, *client.COMMANDS, model_group, bench_group):
     main.add_command(_command)
 _name_variables(main)
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from embedq.model.samples import sample_sentences
+from embedq.model import samples
 from embedq.producer import Embeddings, EmbedJob, EmbedqError, EmbedQueue, JobStatus
 from embedq.worker.local import WorkerProcess, local_service, sigterm_as_interrupt, with_model_fetched
 from embedq.worker.redis_server import RedisServer
@@ -33,7 +33,7 @@ NEIGHBOURS = 3
 def run_demo(settings: WorkerSettings) -> None:
     """Prints to stdout. Raises EmbedqError or ModelError; nothing is left running whichever way it ends."""
     console = Console(highlight=False)
-    sentences, queries = sample_sentences(), _lines("queries.txt")
+    sentences, queries = samples.sentences(), _lines("queries.txt")
     with sigterm_as_interrupt(), tempfile.TemporaryDirectory(prefix="embedq-") as folder:
         settings = with_model_fetched(settings)
         console.print("Starting a private Redis and a worker ...")

@@ -66,10 +66,11 @@ struct Head {
     void lay_out_keys() {
         const Element* key = query + attention.num_heads * dim;
         const long steps = key_steps();
-        for (long j = 0; j < width(); ++j) {
-            uint32_t* to = keys + j / COLUMNS * COLUMNS * steps + j % COLUMNS;
-            const auto* from = reinterpret_cast<const uint32_t*>(key + std::min(j, length - 1) * stride);
-            for (long k = 0; k < steps; ++k) to[k * COLUMNS] = from[k];
+        for (long j = 0; j < width(); j += 16) {
+            const uint32_t* rows[16];
+            for (long r = 0; r < 16; ++r)
+                rows[r] = reinterpret_cast<const uint32_t*>(key + std::min(j + r, length - 1) * stride);
+            interleave(rows, 16, steps, keys + j / COLUMNS * COLUMNS * steps + j % COLUMNS, COLUMNS);
         }
     }
 
@@ -79,22 +80,20 @@ struct Head {
         const long steps = value_steps();
         for (long step = 0; step < steps; ++step) {
             for (long panel = 0; panel < dim / COLUMNS; ++panel) {
-                auto* to = reinterpret_cast<Element*>(values + (panel * steps + step) * COLUMNS);
-                for (long part = 0; part < Kind::PER_UNIT; ++part) {
-                    const long j = step * Kind::PER_UNIT + part;
-                    const Element* from = value + j * stride + panel * COLUMNS;
-                    for (long c = 0; c < COLUMNS; ++c) to[c * Kind::PER_UNIT + part] = j < length ? from[c] : Element(0);
-                }
+                uint32_t* to = values + (panel * steps + step) * COLUMNS;
+                const Element* from = value + step * Kind::PER_UNIT * stride + panel * COLUMNS;
+                const bool is_whole = (step + 1) * Kind::PER_UNIT <= length;
+                _mm512_storeu_si512(to, Kind::units(from, stride, is_whole));
+                _mm512_storeu_si512(to + 16, Kind::units(from + 16, stride, is_whole));
             }
         }
     }
 
     template <int R>
     void attend(long first_query, Element* context) {
-        for (int r = 0; r < R; ++r) {
-            const auto* from = reinterpret_cast<const uint32_t*>(query + (first_query + r) * stride);
-            for (long k = 0; k < key_steps(); ++k) tile[k * ROWS + r] = from[k];
-        }
+        const uint32_t* rows[R];
+        for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const uint32_t*>(query + (first_query + r) * stride);
+        interleave(rows, R, key_steps(), tile, ROWS);
         score<R>();
         float sums[R];
         for (int r = 0; r < R; ++r) sums[r] = soften(first_query + r, scores + r * width(), probabilities + r * PROBABILITY_STRIDE);

@@ -112,14 +112,15 @@ template <class Kind, class In>
 void lay_out(const EmbedqLinear& linear, const In* x, long rows, LeftOperand left, int num_threads) {
     const long steps = steps_of<Kind>(linear);
     parallel(num_threads, ceil_div(rows, ROWS), [=, &linear](long tile) {
-        auto* row = static_cast<uint32_t*>(scratch(Scratch::own, 4 * steps));
-        uint32_t* to = left.units + tile * steps * ROWS;
+        auto* converted = static_cast<uint32_t*>(scratch(Scratch::own, 4 * steps * ROWS));
         const long count = std::min(ROWS, rows - tile * ROWS);
+        const uint32_t* units[ROWS];
         for (long r = 0; r < count; ++r) {
             const long index = tile * ROWS + r;
-            const uint32_t* units = as_units(Kind(), linear, x + index * linear.in_features, row, left, index);
-            for (long k = 0; k < steps; ++k) to[k * ROWS + r] = units[k];
+            const In* row = x + index * linear.in_features;
+            units[r] = as_units(Kind(), linear, row, converted + r * steps, left, index);
         }
+        interleave(units, count, steps, left.units + tile * steps * ROWS, ROWS);
     });
 }
 

@@ -19,6 +19,8 @@ struct Float32 {
     static Sum step(Sum sum, __m512i a, __m512i b) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
     }
+    // Sixteen columns of the rows that share a step, `stride` apart; the last step of an odd number is not whole.
+    static __m512i units(const float* from, long, bool) { return _mm512_loadu_si512(from); }
     static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
 };
 
@@ -29,6 +31,9 @@ struct BFloat16 {
     static constexpr long PER_UNIT = 2;
     static Sum zero() { return _mm512_setzero_ps(); }
     static Sum step(Sum sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    static __m512i units(const bfloat16* from, long stride, bool is_whole) {
+        return is_whole ? _mm512_or_si512(widen(from), _mm512_slli_epi32(widen(from + stride), 16)) : widen(from);
+    }
     static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
 };
 #endif

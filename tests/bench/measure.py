@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,12 @@ def interleaved(candidates: Mapping[str, Callable[[], float]], rounds: int = ROU
         for name, measure in candidates.items():
             rates[name].append(measure())
     return [Row(name, statistics.median(found), min(found), max(found)) for name, found in rates.items()]
+
+
+def seconds(action: Callable[[], object]) -> float:
+    began_at = time.perf_counter()
+    action()
+    return time.perf_counter() - began_at
 
 
 def show(title: str, unit: str, rows: list[Row], base: str) -> None:

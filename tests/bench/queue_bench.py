@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,9 +64,7 @@ def _enqueue(client: redis.Redis) -> None:
 def _rate(client: redis.Redis, number: int, action: Callable[[], object]) -> Callable[[], float]:
     def once() -> float:
         client.flushall()
-        began_at = time.perf_counter()
-        action()
-        return number / (time.perf_counter() - began_at)
+        return number / measure.seconds(action)
 
     return once
 
@@ -100,20 +97,14 @@ def _drain(client: redis.Redis) -> None:
 def _drained(queue: EmbedQueue, work: Callable[[], None], jobs: int, texts_per_job: int) -> float:
     """Jobs a second, without what a worker takes to start and stop: an empty run is subtracted."""
     queue._client.flushall()
-    empty_s = _seconds(work)
+    empty_s = measure.seconds(work)
     for number in range(jobs):
         queue.enqueue([f"text {number} {place}" for place in range(texts_per_job)])
-    took_s = _seconds(work)
+    took_s = measure.seconds(work)
     done = queue._redis.zcard(keys.finished(queue.name))
     if done != jobs:
         raise RuntimeError(f"{done} of {jobs} jobs are finished: the figure would mean nothing")
     return jobs / max(1e-9, took_s - empty_s)
-
-
-def _seconds(action: Callable[[], None]) -> float:
-    began_at = time.perf_counter()
-    action()
-    return time.perf_counter() - began_at
 
 
 if __name__ == "__main__":

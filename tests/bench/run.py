@@ -5,29 +5,34 @@ Figures of one run compare with each other alone; two runs on a busy machine do 
 
 from __future__ import annotations
 
-import platform
+import argparse
 import statistics
 import subprocess
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 
+import torch
 from rich.console import Console
 
-PACKAGES = ("redis", "rq", "torch", "tokenizers", "transformers", "sentence-transformers")
-PARTS = ("queue_bench", "encoder_bench")
+from embedq.model.machine import describe_machine
+from tests.bench import measure
+
+PACKAGES = ("redis", "rq", "transformers", "sentence-transformers")
 IMPORTS = 9
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=measure.ROUNDS, help="of the encoder's part")
+    rounds = parser.parse_args().rounds
     console = Console()
-    console.print(f"{platform.platform()}, {_cpu()}, Python {platform.python_version()}")
+    console.print("\n".join(describe_machine(torch.device("cpu")).lines()))
     console.print(", ".join(f"{name} {version(name)}" for name in PACKAGES))
     console.print(f"import embedq.producer: {_import_s('embedq.producer') * 1000:.0f} ms beyond an empty interpreter")
-    for part in PARTS:
-        # A process each: workers install signal handlers, and torch its threads.
-        subprocess.run([sys.executable, "-m", f"tests.bench.{part}"], check=True)
+    # A process each: workers install signal handlers, and torch its threads.
+    for part in (["queue_bench"], ["encoder_bench", "--rounds", str(rounds)]):
+        subprocess.run([sys.executable, "-m", f"tests.bench.{part[0]}", *part[1:]], check=True)
 
 
 def _import_s(module: str) -> float:
@@ -40,15 +45,6 @@ def _import_s(module: str) -> float:
 
     pairs = [(once(f"import {module}"), once("pass")) for _ in range(IMPORTS)]
     return statistics.median(full for full, _ in pairs) - statistics.median(empty for _, empty in pairs)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    lines = info.read_text().splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{sum(line.startswith('processor') for line in lines)} x {name}"
 
 
 if __name__ == "__main__":

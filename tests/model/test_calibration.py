@@ -18,7 +18,7 @@ from embedq.model.calibration import CALIBRATION_FILE, shipped_calibration, unit
 from embedq.model.cli import model_group
 from embedq.model.embedder import Embedder
 from embedq.model.known_files import ALL_MPNET_BASE_V2
-from embedq.model.samples import sample_sentences
+from embedq.model.samples import sentences
 from embedq.model.sources import resolve_model
 
 TEXTS = ["the quick brown fox", "", "jumps over the dog", "fox, running!", "a - b", "中 é"]
@@ -206,7 +206,7 @@ def test_a_prompt_named_in_the_config_is_part_of_what_is_calibrated(own_folder: 
 def test_the_shipped_ranges_are_those_of_the_shipped_sentences(real_model_path: Path, dimensions: int) -> None:
     """Of each tenth sentence: no number leaves its range, and about a tenth of the ends are theirs."""
     encoder = SentenceEncoder.load(real_model_path, device="cpu", dtype="float32")
-    vectors = encoder.encode(sample_sentences()[::10], dimensions=dimensions)
+    vectors = encoder.encode(sentences()[::10], dimensions=dimensions)
     lowest, highest = shipped_ranges(encoder.calibration_digest, dimensions)
     assert (vectors >= lowest - 2e-6).all()
     assert (vectors <= highest + 2e-6).all()
