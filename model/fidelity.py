@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from embedq.model.precision import normalize_rows
 from embedq.model.samples import sentence_pairs
 
+#: Least cosine to float32 that quantized weights should leave to every text.
+MIN_COSINE = 0.99
+
 Floats = NDArray[np.float32]
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from embedq.model.cpu import cpu_flags
+
 #: Instruction sets that decide which kernels run: x86 by Linux' names, then ARM's.
 CPU_FLAGS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8"),
@@ -51,9 +53,8 @@ def _cpu() -> tuple[str, str]:
     path = Path("/proc/cpuinfo")
     info = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     name = _field(info, "model name") or platform.processor() or platform.machine()
-    has = set((_field(info, "flags") or _field(info, "Features") or "").split())
     details = [f"{num_cores()} cores", f"{torch.get_num_threads()} threads"]
-    return name, ", ".join([*details, *(flag for flag in CPU_FLAGS if flag in has)])
+    return name, ", ".join([*details, *(flag for flag in CPU_FLAGS if flag in cpu_flags())])
 
 
 def _field(info: str, name: str) -> str | None:

@@ -34,6 +34,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 #: Beside an int8 weight in a checkpoint: its rows' scales, and what its inputs are multiplied by.
 SCALE, INPUT_FACTOR = "weight_scale", "input_factor"
+RELATIVE_BIAS = "encoder.relative_attention_bias.weight"
 
 
 def tensor_shapes(config: MPNetConfig) -> Shapes:
@@ -44,7 +45,7 @@ def tensor_shapes(config: MPNetConfig) -> Shapes:
         "embeddings.position_embeddings.weight": (config.max_position_embeddings, hidden),
         "embeddings.LayerNorm.weight": (hidden,),
         "embeddings.LayerNorm.bias": (hidden,),
-        "encoder.relative_attention_bias.weight": (
+        RELATIVE_BIAS: (
             config.relative_attention_num_buckets,
             config.num_attention_heads,
         ),
@@ -167,8 +168,7 @@ class MPNet:
             for kind in ("word", "position")
         )
         self._embeddings_norm = self._layer_norm(tensors, "LayerNorm")
-        name = "encoder.relative_attention_bias.weight"
-        by_bucket = checkpoint.read([name])[name].float().to(backend.device)
+        by_bucket = checkpoint.read([RELATIVE_BIAS])[RELATIVE_BIAS].float().to(backend.device)
         self._attention = backend.make_attention(PositionBias.from_buckets(by_bucket, self.config.max_length))
 
     def _load_layer(self, checkpoint: Checkpoint, index: int) -> Layer:
@@ -185,7 +185,7 @@ class MPNet:
 
     def _linear(self, tensors: dict[str, Tensor], *names: str) -> Linear:
         """One product for the linear layers `names`, which take the same input."""
-        weights = _stack([_linear_weights(tensors, name) for name in names])
+        weights = stack([linear_weights(tensors, name) for name in names])
         if self.backend.dtype != torch.int8:
             weights = weights.dequantized()
         return self.backend.make_linear(quantize(weights) if self._quantizes else weights)
@@ -238,7 +238,7 @@ def _check_float16(folder: Path, stored: dict[str, Tensor]) -> None:
             raise WeightsError(f"{folder}: {name} has weights beyond float16's 65504: use bfloat16 or float32")
 
 
-def _linear_weights(tensors: dict[str, Tensor], name: str) -> LinearWeights:
+def linear_weights(tensors: dict[str, Tensor], name: str) -> LinearWeights:
     return LinearWeights(
         tensors[f"{name}.weight"],
         tensors[f"{name}.bias"],
@@ -247,7 +247,7 @@ def _linear_weights(tensors: dict[str, Tensor], name: str) -> LinearWeights:
     )
 
 
-def _stack(parts: list[LinearWeights]) -> LinearWeights:
+def stack(parts: list[LinearWeights]) -> LinearWeights:
     """One product instead of several with the same input."""
     if len(parts) == 1:
         return parts[0]

@@ -145,7 +145,9 @@ _ENCODER_SETTINGS = (
     _setting("model", help="Name, hub id or folder of the model; noop:768 is a stand-in without torch."),
     _setting("revision", help="Branch, tag or commit of a hub model."),
     _setting("device", help="auto, cpu, cuda, cuda:1 or mps."),
-    _setting("dtype", help="auto, float32, bfloat16 or float16."),
+    _setting("dtype", help="auto, float32, bfloat16, float16 or int8."),
+    _setting("attention", help="auto, bmm, sdpa, or native on a CPU with AVX-512."),
+    _setting("kernels", help="On a CPU: auto, native (this package's own, for AVX-512) or torch."),
     _setting("calibration", help="File of ranges for int8 and uint8 vectors; default: the model's own."),
     _setting(
         "max_batch_tokens",

@@ -23,6 +23,8 @@ def load_encoder(settings: WorkerSettings) -> Encoder:
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
+        attention=settings.attention,
+        kernels=settings.kernels,
         revision=settings.revision,
         max_batch_tokens=settings.max_batch_tokens,
         warm_up=settings.warm_up,

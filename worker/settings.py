@@ -25,6 +25,9 @@ class WorkerSettings:
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    #: how attention is computed, and by whose kernels
+    attention: str = "auto"
+    kernels: str = "auto"
     #: file of ranges for int8 and uint8 vectors; None: the model's own, else what ships for it
     calibration: str | None = None
     #: tokens of one micro-batch; None: what the device is good for

@@ -207,18 +207,19 @@ def test_settings_that_measure_nothing_are_refused(wrong: dict[str, Any]) -> Non
 
 def test_what_is_measured_by_default_can_be_chosen_too() -> None:
     assert {"auto"}.union(*bench_module.DTYPES.values()) == set(DTYPES)
-    assert set(bench_module.ATTENTIONS) <= set(ATTENTIONS)
+    assert set().union(*bench_module.ATTENTIONS.values()) <= set(ATTENTIONS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_counts_what_was_freed_again() -> None:
     memory = PeakMemory(CPU)
     before_bytes = memory.growth_bytes()
-    torch.ones(16 << 20)
+    torch.ones(64 << 20)
     after_bytes = memory.growth_bytes()
     assert before_bytes is not None
     assert after_bytes is not None
-    assert 60 << 20 < after_bytes - before_bytes < 100 << 20
+    # 256 MiB: more than an allocator keeps for the next time
+    assert 240 << 20 < after_bytes - before_bytes < 300 << 20
 
 
 def test_the_machine_is_described_by_cores_threads_and_versions() -> None:
