@@ -4,7 +4,8 @@ PYTHON ?= python3
 ROUNDS ?= 5
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
-DEPENDENCIES := pyproject.toml constraints.txt
+# The CPU kernels are compiled when the package is installed.
+DEPENDENCIES := pyproject.toml constraints.txt $(wildcard model/kernels/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test lint types bench clean

@@ -20,7 +20,7 @@ from embedq.worker.settings import WorkerSettings
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 #: What starts something that stays, or needs a machine that isn't here; other tests run these.
-NOT_HERE = ("embedq up", "embedq worker", "rq worker", "make ", "export ")
+NOT_HERE = ("embedq up", "embedq worker", "embedq bench", "rq worker", "make ", "export ")
 
 
 def blocks(language: str) -> list[str]:
