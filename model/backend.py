@@ -32,6 +32,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
+#: Devices with integer products.
+INT8_DEVICES = ("cpu", "cuda")
 #: Compute capability from which bfloat16 runs on tensor cores (Ampere).
 BFLOAT16_CAPABILITY = (8, 0)
 #: Size of the product that is timed to decide between float32 and bfloat16 on a CPU, and how often: some 20 ms.
@@ -62,13 +64,14 @@ class Backend:
 def resolve_dtype(name: str, device: torch.device, *, is_quantized: bool = False) -> torch.dtype:
     """`auto` or a name of DTYPES; what was chosen and why is logged at INFO.
 
-    is_quantized: whether the weights are stored as int8, which `auto` then takes. Raises DeviceError.
+    is_quantized: whether the weights are stored as int8, which `auto` then takes where it can. Raises DeviceError.
     """
     if name != "auto":
         if name not in DTYPES:
             raise DeviceError(f"unknown dtype {name!r}: use auto, {', '.join(DTYPES)}")
         return DTYPES[name]
-    chosen, why = (torch.int8, "the weights are stored so") if is_quantized else _auto_dtype(device)
+    takes_int8 = is_quantized and device.type in INT8_DEVICES
+    chosen, why = (torch.int8, "the weights are stored so") if takes_int8 else _auto_dtype(device)
     log.info("dtype %s: %s", dtype_name(chosen), why)
     return chosen
 
@@ -106,7 +109,8 @@ def _bfloat16_speedup() -> float:
     x = torch.randn(TRIAL_ROWS, size)
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
-        numbers = _native_numbers(dtype) if _lacks_native(dtype) is None else _torch_numbers(cpu, dtype)
+        use_native = _lacks_native(dtype) is None and not _prefers_onednn(dtype)
+        numbers = _native_numbers(dtype) if use_native else _torch_numbers(cpu, dtype)
         linear = numbers.make_linear(weights)
         linear(x.to(numbers.residual))
         seconds.append(min(_seconds(linear, x.to(numbers.residual)) for _ in range(TRIAL_ROUNDS)))
@@ -137,6 +141,8 @@ def choose_backend(
     for name, value, known in (("kernels", kernels, get_args(Kernels)), ("attention", attention, ATTENTION_NAMES)):
         if value not in known:
             raise ModelOptionError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+    if dtype == torch.int8 and device.type not in INT8_DEVICES:
+        raise DeviceError(f"int8 runs on {' and '.join(INT8_DEVICES)}, not on {device.type}: use auto or float32")
     lacking = _lacks_native_for(device, dtype, config)
     if kernels == "native" and lacking is not None:
         raise DeviceError(f"native kernels cannot run {dtype_name(dtype)} here: {lacking}")
@@ -173,6 +179,8 @@ def _native_numbers(dtype: torch.dtype) -> _Numbers:
         activation = torch.bfloat16
 
     def make_linear(weights: LinearWeights) -> Linear:
+        if weights.is_quantized and not native.runs(torch.int8):
+            return Int8Linear(weights, torch.device("cpu"))
         return native.NativeLinear(weights, torch.int8 if weights.is_quantized else activation, activation)
 
     return _Numbers(activation, torch.float32, make_linear)
@@ -196,8 +204,8 @@ def _lacks_native(dtype: torch.dtype) -> str | None:
     """Why the native kernels cannot multiply in `dtype`; None if they can."""
     if native.runs(dtype):
         return None
-    if not native.is_built():
-        return "they were not built with this installation, for want of a C++ compiler or of x86"
+    if (reason := native.missing()) is not None:
+        return reason
     return "this CPU lacks what they need" if native.knows(dtype) else "they have no such type"
 
 
@@ -215,12 +223,7 @@ def _prefers_onednn(dtype: torch.dtype) -> bool:
 
 
 def _fits_native_attention(device: torch.device, dtype: torch.dtype, config: MPNetConfig) -> bool:
-    return (
-        device.type == "cpu"
-        and native.runs(dtype)
-        and config.head_dim % native.COLUMNS == 0
-        and config.max_length <= native.MAX_KEYS
-    )
+    return device.type == "cpu" and native.attends(dtype, config.head_dim, config.max_length)
 
 
 def _attention_maker(

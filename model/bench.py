@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 
 from embedq.model.device import resolve_device
-from embedq.model.errors import DeviceError, ModelOptionError
+from embedq.model.errors import ModelError, ModelOptionError
 from embedq.model.fidelity import Floats, cosines, spearman_on_pairs
 from embedq.model.machine import PeakMemory, describe_machine
+from embedq.model.runtime import is_out_of_memory
 from embedq.model.samples import CORPORA, CorpusName, corpus
 from embedq.model.sentence_encoder import SentenceEncoder
 
@@ -69,11 +69,14 @@ class BenchSettings:
     max_batch_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, number in (("rounds", self.rounds), ("num_texts", self.num_texts or 1)):
-            if number < 1:
-                raise ModelOptionError(f"{name} must be above 0, not {number}")
-        if any(number < 1 for number in self.max_batch_tokens):
-            raise ModelOptionError(f"max_batch_tokens must be above 0, not {min(self.max_batch_tokens)}")
+        num_texts = () if self.num_texts is None else (self.num_texts,)
+        for name, numbers in (
+            ("rounds", (self.rounds,)),
+            ("num_texts", num_texts),
+            ("max_batch_tokens", self.max_batch_tokens),
+        ):
+            if any(number < 1 for number in numbers):
+                raise ModelOptionError(f"{name} must be above 0, not {min(numbers)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +139,8 @@ class Loader(Protocol):
 
 
 def load_variant(model: str, *, device: str, variant: Variant) -> SentenceEncoder:
-    """Raises DeviceError or ModelOptionError for a variant that is not offered here."""
-    attention: dict[str, Any] = {} if variant.attention == "auto" else {"attention": variant.attention}
-    return SentenceEncoder.load(model, device=device, dtype=variant.dtype, **attention)
+    """Raises ModelError."""
+    return SentenceEncoder.load(model, device=device, dtype=variant.dtype, attention=variant.attention)
 
 
 class EncoderBench:
@@ -173,15 +175,19 @@ class EncoderBench:
     def run(self, report: Callable[[str, float], None]) -> None:
         """`report` is told what comes next, and which share of the steps is done.
 
-        Raises ModelOptionError if no variant can be had, and what loading a model raises.
+        Raises ModelOptionError if no variant can be had.
         """
         variants = self.variants
         num_steps = len(variants) * (1 + self.settings.rounds)
         for step, variant in enumerate(variants):
             report(f"loading {variant}", step / num_steps)
-            self._prepare(variant)
+            try:
+                self._prepare(variant)
+            except ModelError as err:
+                self.skipped.append(Skipped(variant, str(err)))
         if not self.results:
-            raise ModelOptionError(f"nothing to measure: {'; '.join(skipped.reason for skipped in self.skipped)}")
+            reasons = dict.fromkeys(skipped.reason for skipped in self.skipped)
+            raise ModelOptionError(f"nothing to measure: {'; '.join(reasons)}")
         for number in range(self.settings.rounds):
             for place, (encoder, result) in enumerate(zip(self._encoders, self.results, strict=True)):
                 step = (1 + number) * len(variants) + place
@@ -190,15 +196,14 @@ class EncoderBench:
         report("done", 1.0)
 
     def _prepare(self, variant: Variant) -> None:
-        """Load, a first batch, and a pass over everything: it warms up, and its vectors are compared."""
+        """Load, a first batch, and a pass over everything: it warms up, and its vectors are compared.
+
+        Raises ModelError for a variant that is not offered here or has vectors that are not finite.
+        """
         gc.collect()
         memory = PeakMemory(self.device)
         began_at = time.perf_counter()
-        try:
-            encoder = self._load(self.settings.model, device=self.settings.device, variant=variant)
-        except (DeviceError, ModelOptionError) as err:
-            self.skipped.append(Skipped(variant, str(err)))
-            return
+        encoder = self._load(self.settings.model, device=self.settings.device, variant=variant)
         load_s = time.perf_counter() - began_at
         if not self.corpora:
             self._make_corpora(encoder)
@@ -263,7 +268,9 @@ class EncoderBench:
         for encoder.max_batch_tokens, seconds in result.sweep.items():
             try:
                 seconds.append(_seconds(encoder, self.sweep_corpus.texts))
-            except torch.OutOfMemoryError:
+            except RuntimeError as err:
+                if not is_out_of_memory(err):
+                    raise
                 seconds.append(math.inf)
         encoder.max_batch_tokens = default
         result.latencies_s += [_seconds(encoder, [text]) for text in self._singles]

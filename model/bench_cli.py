@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from embedq.model.errors import ModelOptionError
 from embedq.model.samples import CORPORA
 from embedq.model.sources import resolve_model
 from embedq.model.terminal import terminal_progress
@@ -39,15 +40,17 @@ def bench_group() -> None:
     "--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Default: all that the device is good at."
 )
 @click.option(
-    "--attention", "attentions", multiple=True, type=click.Choice(ATTENTIONS), help="Default: all that apply."
+    "--attention",
+    "attentions",
+    multiple=True,
+    type=click.Choice(ATTENTIONS),
+    help="Default: auto on a CPU, elsewhere bmm and sdpa.",
 )
 @click.option(
     "--corpus", "corpora", multiple=True, type=click.Choice(CORPORA), help="About 12, 45 and 300 tokens a text."
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of which medians are taken.")
-@click.option(
-    "--texts", "num_texts", type=click.IntRange(min=1), help="Of each corpus. Default: what suits the device."
-)
+@click.option("--num-texts", type=click.IntRange(min=1), help="Of each corpus. Default: what suits the device.")
 @click.option(
     "--max-batch-tokens",
     multiple=True,
@@ -85,9 +88,13 @@ def encoder(name: str, as_json: bool, output: Path | None, **settings: Any) -> N
     interrupted = _run(bench)
     found = document(bench, resolved.name, interrupted=interrupted)
     shown = markdown(found)
-    if output is not None:
-        output.write_text(shown, encoding="utf-8")
+    # Shown first: what took minutes is not lost to a full disk.
     click.echo(json.dumps(found, ensure_ascii=False, indent=2) if as_json else shown.rstrip())
+    if output is not None:
+        try:
+            output.write_text(shown, encoding="utf-8")
+        except OSError as err:
+            raise ModelOptionError(f"{output} cannot be written ({err.strerror})") from err
     if interrupted:
         click.get_current_context().exit(EXIT_INTERRUPTED)
 

@@ -28,10 +28,14 @@ def calibrate_model(
     from embedq.model.sentence_encoder import SentenceEncoder
 
     encoder = SentenceEncoder.load(resolved.path, device=device, dtype="float32")
+    counts = {encoder.embedding_dim, *dimensions}
+    for count in counts:
+        # Asked of no vectors first, so that a cut that cannot be is refused before anything is encoded.
+        encoder.postprocess(np.empty((0, encoder.embedding_dim), np.float32), dimensions=count)
     vectors = encoder.encode(texts, normalize=False).astype(np.float32)
     normalized = encoder.default_normalize
     ranges = {}
-    for count in {encoder.embedding_dim, *dimensions}:
+    for count in counts:
         cut = postprocess(vectors, normalize=normalized, dimensions=count)
         ranges[count] = np.stack((cut.min(axis=0), cut.max(axis=0))).astype(np.float32)
     return Calibration(ranges, normalized)

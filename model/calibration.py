@@ -92,7 +92,7 @@ class Calibration:
         except OSError as err:
             raise ModelFormatError(f"calibration file {path} cannot be read ({err.strerror})") from err
         except ModelFormatError as err:
-            raise ModelFormatError(f"{path}: {err}; write it with embedq model calibrate") from err
+            raise ModelFormatError(f"{path}: {err}; delete it, and write it with embedq model calibrate") from err
 
     @classmethod
     def _parse(cls, content: bytes) -> Calibration:

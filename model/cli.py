@@ -1,4 +1,4 @@
-"""`embedq model ...`: fetch a model, look into it, check it, calibrate it.
+"""`embedq model ...`: fetch a model, look into it, check it, quantize it, calibrate it.
 
 Knows options and how results are shown. A `ModelError` is left to whoever runs the group: the command `embedq`
 prints it on one line.
@@ -43,7 +43,7 @@ def _gives_json(command: Command) -> Command:
 
 @click.group("model")
 def model_group() -> None:
-    """Fetch a model, look into it, check it, calibrate it.
+    """Fetch a model, look into it, check it, quantize it, calibrate it.
 
     NAME is a name such as all-mpnet-base-v2 (the default; or set EMBEDQ_MODEL), a hub id such as
     sentence-transformers/all-mpnet-base-v2, or the path of a folder. Fetched models are kept in EMBEDQ_CACHE,
@@ -77,7 +77,7 @@ def fetch(name: str, revision: str | None) -> None:
 def inspect(name: str, revision: str | None, as_json: bool) -> None:
     """Show what a model is: its shape, limits, pooling, prompts and size.
 
-    Reads headers only; nothing is computed. A model that is not there yet is fetched first.
+    Nothing is computed. A model that is not there yet is fetched first.
 
     \b
     Example:
@@ -214,6 +214,8 @@ def calibrate(
       embedq model calibrate ./my-model --texts sample.txt --output ranges.safetensors --dimensions 256
       embedq worker --model ./my-model --calibration ranges.safetensors
     """
+    if not output.absolute().parent.is_dir():
+        raise click.BadParameter(f"no folder {output.absolute().parent}", param_hint="--output")
     lines = sentences() if texts is None else _lines_of(texts)
     with terminal_progress() as progress:
         resolved = resolve_model(name, revision=revision, progress=progress)

@@ -79,55 +79,67 @@ class Embedder:
                 self.encode_packed, self.runtime, longest=self._longest, num_tokens=self.max_batch_tokens
             )
 
-    def vectors(self, batch: Sequence[TokenizedText], report: Report = report_nothing) -> NDArray[np.float32]:
-        """(n, d) float32 in the batch's order, before normalisation. Raises ModelOptionError, NonFiniteError."""
+    def vectors(
+        self, batch: Sequence[TokenizedText], report: Report = report_nothing, places: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """(n, d) float32 in the batch's order, before normalisation. Raises ModelOptionError, NonFiniteError.
+
+        places: of each, its text's place in the caller's own list, for errors.
+        """
         vectors = np.empty((len(batch), self._vector_dim), dtype=np.float32)
 
         def encode(rows: NDArray[np.int64]) -> Tensor:
             sequences, skipped = [batch[row].ids for row in rows], [batch[row].skipped for row in rows]
             return self.encode_packed(sequences, skipped) if any(skipped) else self.encode_packed(sequences)
 
-        for rows, part in self._run(batch, encode, report):
-            finite = np.isfinite(part).all(axis=1)
-            if not finite.all():
-                self._refuse(batch, int(rows[~finite].min()))
-            vectors[rows] = part
+        with torch.inference_mode(), self.runtime.scope():
+            for rows, part in self._run(batch, encode, report):
+                finite = np.isfinite(part).all(axis=1)
+                if not finite.all():
+                    self._refuse(batch, int(rows[~finite].min()), places)
+                vectors[rows] = part
         return vectors
 
-    def states(self, batch: Sequence[TokenizedText], report: Report = report_nothing) -> list[NDArray[np.float32]]:
+    def states(
+        self, batch: Sequence[TokenizedText], report: Report = report_nothing, places: Sequence[int] | None = None
+    ) -> list[NDArray[np.float32]]:
         """The last hidden states of each text, (num_tokens, hidden) float32. Raises as `vectors`."""
         states: list[NDArray[np.float32]] = [np.empty((0, self.model.config.hidden_size), np.float32)] * len(batch)
 
         def encode(rows: NDArray[np.int64]) -> Tensor:
             return self.model(pack([batch[row].ids for row in rows])).float()
 
-        for rows, part in self._run(batch, encode, report):
-            for row, of_text in zip(rows, np.split(part, np.cumsum(_lengths(batch)[rows])[:-1]), strict=True):
-                if not np.isfinite(of_text).all():
-                    self._refuse(batch, int(row))
-                # A copy each: a view would keep the whole micro-batch alive.
-                states[row] = of_text.copy()
+        lengths = _lengths(batch)
+        with torch.inference_mode(), self.runtime.scope():
+            for rows, part in self._run(batch, encode, report):
+                for row, of_text in zip(rows, np.split(part, np.cumsum(lengths[rows])[:-1]), strict=True):
+                    if not np.isfinite(of_text).all():
+                        self._refuse(batch, int(row), places)
+                    # A copy each: a view would keep the whole micro-batch alive.
+                    states[row] = of_text.copy()
         return states
 
     def _run(
         self, batch: Sequence[TokenizedText], encode: Callable[[NDArray[np.int64]], Tensor], report: Report
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Which texts, and what `encode` gave for them, micro-batch by micro-batch, the longest texts first."""
+        """Which texts, and what `encode` gave for them, micro-batch by micro-batch, the longest texts first.
+
+        The caller holds inference mode and the runtime's scope: a generator that is left half-way would keep them on.
+        """
         if not batch:
             return
         lengths = _lengths(batch)
         self._check_ids(batch, lengths)
         pending: deque[tuple[NDArray[np.int64], Read]] = deque()
-        with torch.inference_mode(), self.runtime.scope():
-            for rows in self._cut(np.argsort(-lengths, kind="stable"), lengths):
-                pending.append((rows, self.runtime.download(encode(rows))))
-                if len(pending) == MAX_PENDING:
-                    done, read = pending.popleft()
-                    yield done, read()
-                report(len(rows))
-            while pending:
+        for rows in self._cut(np.argsort(-lengths, kind="stable"), lengths):
+            pending.append((rows, self.runtime.download(encode(rows))))
+            if len(pending) == MAX_PENDING:
                 done, read = pending.popleft()
                 yield done, read()
+            report(len(rows))
+        while pending:
+            done, read = pending.popleft()
+            yield done, read()
 
     def _check_ids(self, batch: Sequence[TokenizedText], lengths: NDArray[np.int64]) -> None:
         """An id out of range reads foreign memory on a CPU and kills a GPU's context."""
@@ -163,12 +175,13 @@ class Embedder:
             vectors = dense(vectors)
         return vectors
 
-    def _refuse(self, batch: Sequence[TokenizedText], index: int) -> None:
+    def _refuse(self, batch: Sequence[TokenizedText], index: int, places: Sequence[int] | None) -> None:
         """Raises NonFiniteError, naming the first layer with NaN or Inf: the text is encoded once more alone."""
         is_half = self.model.backend.activation_dtype == torch.float16
         hint = "; float16 ends at 65504: use bfloat16 or float32" if is_half else ""
         where = self._where_not_finite(batch[index].ids)
-        raise NonFiniteError(f"the model's output is not finite: NaN or Inf {where}{hint}", index)
+        place = index if places is None else places[index]
+        raise NonFiniteError(f"the model's output is not finite: NaN or Inf {where}{hint}", place)
 
     def _where_not_finite(self, ids: NDArray[np.int32]) -> str:
         for index, hidden in enumerate(self.model.hidden_states(pack([ids]))):

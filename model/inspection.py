@@ -1,6 +1,7 @@
 """What a model folder holds, read from its files: `embedq model inspect`.
 
-Knows file names and headers. Loads no tensor and runs no model, so it answers at once and needs no torch.
+Knows file names and headers. Loads no tensor and runs no model, so it answers at once and needs no torch. One file is
+read whole: weights that may be all-mpnet-base-v2's under another name, whose ranges ship.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
-from embedq.model.calibration import find_calibration
+from embedq.model.calibration import DIGEST_DIGITS, find_calibration
 from embedq.model.config import read_config
 from embedq.model.errors import ModelFormatError
+from embedq.model.known_files import ALL_MPNET_BASE_V2_FILES, WEIGHTS_FILE
+from embedq.model.manifest import sha256_of
 from embedq.model.modules import Modules, read_modules
 from embedq.model.sources import ResolvedModel
 
@@ -61,7 +64,7 @@ def inspect_model(resolved: ResolvedModel) -> Inspection:
     modules = read_modules(resolved.path)
     config = read_config(modules.transformer)
     embedding_dim = len(modules.pooling_modes) * config.hidden_size
-    calibration = find_calibration(resolved.path, resolved.name, resolved.revision or "")
+    calibration = find_calibration(resolved.path, resolved.name, resolved.revision or _known_digest(modules))
     return Inspection(
         name=resolved.name,
         path=str(resolved.path),
@@ -82,6 +85,13 @@ def inspect_model(resolved: ResolvedModel) -> Inspection:
         calibrated_dimensions=calibration.dimensions if calibration else [],
         **_weights(modules),
     )
+
+
+def _known_digest(modules: Modules) -> str:
+    """What the encoder would report as the revision, if the weights may be those whose ranges ship; else nothing."""
+    weights = modules.transformer / WEIGHTS_FILE
+    is_like = weights.is_file() and weights.stat().st_size == ALL_MPNET_BASE_V2_FILES[WEIGHTS_FILE].bytes
+    return sha256_of(weights)[:DIGEST_DIGITS] if is_like else ""
 
 
 def _weights(modules: Modules) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from embedq.model.cpu import cpu_flags
+from embedq.model.cpu import cpu_flags, cpu_name
 
 #: Instruction sets that decide which kernels run: x86 by Linux' names, then ARM's.
 CPU_FLAGS = (
@@ -50,16 +50,9 @@ def describe_machine(device: torch.device) -> Machine:
 
 
 def _cpu() -> tuple[str, str]:
-    path = Path("/proc/cpuinfo")
-    info = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    name = _field(info, "model name") or platform.processor() or platform.machine()
+    name = cpu_name() or platform.processor() or platform.machine()
     details = [f"{num_cores()} cores", f"{torch.get_num_threads()} threads"]
     return name, ", ".join([*details, *(flag for flag in CPU_FLAGS if flag in cpu_flags())])
-
-
-def _field(info: str, name: str) -> str | None:
-    found = re.search(rf"^{re.escape(name)}\s*:\s*(.+)$", info, flags=re.MULTILINE)
-    return found.group(1).strip() if found else None
 
 
 def num_cores() -> int:
@@ -136,7 +129,8 @@ def _reset_peak() -> bool:
 def _status_bytes(name: str) -> int | None:
     """A field of /proc/self/status, which counts in units of 1024 bytes."""
     try:
-        found = _field(Path("/proc/self/status").read_text(), name)
+        status = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    return int(found.split()[0]) * 1024 if found else None
+    found = re.search(rf"^{name}:\s*(\d+) kB$", status, flags=re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

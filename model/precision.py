@@ -110,7 +110,10 @@ def ranges_fault(ranges: NDArray[np.generic]) -> str | None:
 
 def check_ranges(ranges: ArrayLike, dimensions: int) -> Ranges:
     """A caller's own ranges as (2, dimensions) float32. Raises ModelOptionError."""
-    checked = np.asarray(ranges, dtype=np.float32)
+    try:
+        checked = np.asarray(ranges, dtype=np.float32)
+    except (TypeError, ValueError) as err:
+        raise ModelOptionError(f"ranges must be numbers, as many in both rows: {err}") from err
     if reason := ranges_fault(checked):
         raise ModelOptionError(f"ranges {reason}")
     if checked.shape[1] != dimensions:

@@ -31,8 +31,8 @@ ROWS_AT_ONCE = 64
 SMOOTHING = 0.5
 #: Below this, a weight column or an input channel counts as unused.
 SMALLEST = 1e-5
-#: `torch._int_mm` on CUDA takes more than 16 rows, and sizes that are multiples of 8.
-MIN_ROWS = 32
+#: What `torch._int_mm` on CUDA takes: more than 16 rows, and features in multiples of 8.
+MIN_ROWS, MULTIPLE = 32, 8
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,17 +104,21 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
 class Int8Linear:
     """Fulfils `Linear` by torch's integer product, on CPU and CUDA; outputs have the dtype of the inputs."""
 
-    __slots__ = ("_bias", "_input_factor", "_scale", "_sum", "_weight")
+    __slots__ = ("_bias", "_in_padding", "_input_factor", "_scale", "_sum", "_weight")
 
     def __init__(self, weights: LinearWeights, device: torch.device) -> None:
         """Raises ValueError unless `weights` are quantized."""
         if weights.scale is None:
             raise ValueError("the weights are not quantized")
-        self._weight = weights.weight.to(device).t()  # (in, out): torch._int_mm wants the right operand by columns
-        self._sum = self._weight.sum(0, dtype=torch.int32)
-        self._scale = weights.scale.to(device)
+        weight = weights.weight.to(device)
+        self._sum = weight.sum(1, dtype=torch.int32)
+        out_padding, self._in_padding = (-size % MULTIPLE for size in weight.shape)
+        # (in, out): torch._int_mm wants the right operand by columns
+        self._weight = functional.pad(weight, (0, self._in_padding, 0, out_padding)).t()
+        self._scale = weights.scale.to(device, torch.float32)
         self._bias = weights.bias.to(device, torch.float32)
-        self._input_factor = None if weights.input_factor is None else weights.input_factor.to(device)
+        factor = weights.input_factor
+        self._input_factor = None if factor is None else factor.to(device, torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x).to(x.dtype)
@@ -127,7 +131,7 @@ class Int8Linear:
 
     def _product(self, x: Tensor) -> Tensor:
         rows = quantize_rows(x if self._input_factor is None else x * self._input_factor)
-        padding = max(0, MIN_ROWS - len(x))
-        sums = torch._int_mm(functional.pad(rows.values, (0, 0, 0, padding)), self._weight)[: len(x)]
+        padding = (0, self._in_padding, 0, max(0, MIN_ROWS - len(x)))
+        sums = torch._int_mm(functional.pad(rows.values, padding), self._weight)[: len(x), : len(self._bias)]
         exact = (sums - rows.zero * self._sum).float()
         return torch.addcmul(self._bias, exact, rows.scale * self._scale)

@@ -7,6 +7,7 @@ the cosine between a text's vector and its float32 vector. Knows folders and lay
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,9 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embedq.model.calibration import CALIBRATION_FILE
 from embedq.model.errors import ModelFormatError, ModelOptionError
 from embedq.model.fidelity import MIN_COSINE, Floats, cosines, spearman_on_pairs
 from embedq.model.folder import read_json_object
@@ -100,6 +103,8 @@ def quantize_folder(
     min_cosine: the most harmful products stay in floating point until every measured text has it.
     Raises ModelFormatError and WeightsError for the source, ModelOptionError for the rest.
     """
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ModelOptionError(f"{target} lies in the model that is copied: name a folder elsewhere")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelOptionError(f"{target} is there already: name a folder that is not")
     if not 0 < min_cosine < 1:
@@ -202,7 +207,7 @@ class _Quantizer:
         return cosines(vectors, self._exact[:num_texts])
 
     def choose_kept(self, min_cosine: float) -> dict[Product, float]:
-        """Products to leave as they are, with the harm each does alone. None if all may be quantized."""
+        """Products to leave as they are, with the harm each does alone; empty if all may be quantized."""
         if self.cosines(self.products).min() >= min_cosine:
             return {}
         harm = self._harm()
@@ -222,22 +227,34 @@ class _Quantizer:
     def write(self, folder: Path, kept: Collection[Product]) -> int:
         """All of the model into an empty folder; returns the bytes of the weights."""
         place = self._transformer.relative_to(self._source)
-        shutil.copytree(self._source, folder, dirs_exist_ok=True, ignore=self._ignore)
+        self._copy_files(folder)
         weights = folder / place / WEIGHTS_FILE
-        save_file(self._tensors(kept), weights, metadata={"format": "pt"})
+        try:
+            save_file(self._tensors(kept), weights, metadata={"format": "pt"})
+        except SafetensorError as err:
+            raise OSError(str(err)) from err
         weights.chmod(0o644)
+        if self._encoder.calibration is not None:  # the model's own, or what ships for its weights
+            about = {"model": self._source.name}
+            (folder / CALIBRATION_FILE).write_bytes(self._encoder.calibration.to_bytes(about))
         config = read_json_object(self._transformer / "config.json")
         config["quantization_config"] = {"quant_method": QUANT_METHOD, "kept": [str(product) for product in kept]}
         (folder / place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return weights.stat().st_size
 
-    def _ignore(self, folder: str, names: list[str]) -> list[str]:
-        here = Path(folder)
-        return [
-            name
-            for name in names
-            if name in _NOT_COPIED or (here == self._transformer and name.endswith(_OTHER_WEIGHTS))
-        ]
+    def _copy_files(self, folder: Path) -> None:
+        """All but the weights. Content alone: links into a cache become files, and what is read-only may be changed."""
+        for name, subfolders, files in os.walk(self._source, followlinks=True):
+            here = Path(name)
+            subfolders[:] = [subfolder for subfolder in subfolders if subfolder not in _NOT_COPIED]
+            there = folder / here.relative_to(self._source)
+            there.mkdir(exist_ok=True)
+            for file in files:
+                if file not in _NOT_COPIED and not self._is_weights(here / file):
+                    shutil.copyfile(here / file, there / file)
+
+    def _is_weights(self, path: Path) -> bool:
+        return path.parent == self._transformer and path.name.endswith(_OTHER_WEIGHTS)
 
     def _tensors(self, kept: Collection[Product]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -311,6 +328,6 @@ def _written_whole(target: Path) -> Iterator[Path]:
             target.rmdir()  # it is empty
         folder.rename(target)
     except OSError as err:
-        raise ModelOptionError(f"{target} cannot be written: {err.strerror or err}") from err
+        raise ModelOptionError(f"{target} cannot be written: {err}") from err
     finally:
         shutil.rmtree(folder, ignore_errors=True)

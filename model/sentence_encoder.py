@@ -80,8 +80,8 @@ class SentenceEncoder:
         calibration: Path | None = None,
     ) -> None:
         """From a folder; most callers want `load`."""
-        if max_batch_tokens is not None and max_batch_tokens < 1:
-            raise ModelOptionError(f"max_batch_tokens must be above 0, not {max_batch_tokens}")
+        if max_batch_tokens is not None:
+            _check_budget(max_batch_tokens)
         self.path = path
         self.name = name
         self.device = device
@@ -130,7 +130,7 @@ class SentenceEncoder:
         largest micro-batches now (None: on cuda). allow_tf32: on cuda, compute float32 products with 10 bits of
         mantissa.
         calibration: file of ranges for int8 and uint8 vectors (None: the model folder's, else what ships).
-        Raises ModelSourceError, ModelFormatError, WeightsError, DeviceError.
+        Raises ModelSourceError, ModelFormatError, WeightsError, ModelOptionError, DeviceError.
         """
         from embedq.model.sources import resolve_model
 
@@ -185,7 +185,8 @@ class SentenceEncoder:
             self.embedding_dim = dense.out_features
         if self._own_calibration and (found := max(self._own_calibration.dimensions)) != self.embedding_dim:
             raise ModelFormatError(
-                f"the calibration is for {found} dimensions, {self.path} has {self.embedding_dim}: calibrate this model"
+                f"the calibration is for {found} dimensions, {self.path} has {self.embedding_dim}: delete it, or"
+                " calibrate this model"
             )
 
     @cached_property
@@ -205,6 +206,7 @@ class SentenceEncoder:
 
     @max_batch_tokens.setter
     def max_batch_tokens(self, num_tokens: int) -> None:
+        _check_budget(num_tokens)
         self._embedder.max_batch_tokens = num_tokens
 
     def warm_up(self) -> None:
@@ -356,25 +358,30 @@ class SentenceEncoder:
             finish_states(np.empty((0, self.token_dim), np.float32))
         else:
             finish(np.empty((0, self.embedding_dim), np.float32))
+        places = range(len(texts))
         with _progress_bar(len(texts)) if show_progress else nullcontext(report_nothing) as report:
             slices = slices_of(texts, None if chunk else CHARS_PER_TOKEN * self.max_seq_length)
             if output == "tokens":
                 return [
                     finish_states(states)
                     for first, part in slices
-                    for states in self._embedder.states(tokenize(part, first=first), report)
+                    for states in self._embedder.states(tokenize(part, first=first), report, places[first:])
                 ]
             vectors = (
-                self._encode_windows(windows(part, first=first), report)
+                self._encode_windows(windows(part, first=first), report, places[first:])
                 if chunk
-                else self._embedder.vectors(tokenize(part, first=first), report)
+                else self._embedder.vectors(tokenize(part, first=first), report, places[first:])
                 for first, part in slices
             )
             return stack((finish(part) for part in vectors), len(texts))
 
-    def _encode_windows(self, texts: Sequence[ChunkedText], report: Callable[[int], None]) -> NDArray[np.float32]:
+    def _encode_windows(
+        self, texts: Sequence[ChunkedText], report: Callable[[int], None], places: Sequence[int]
+    ) -> NDArray[np.float32]:
         """(n, embedding_dim) float32 the mean of each text's windows."""
-        vectors = self._embedder.vectors([window for text in texts for window in text.windows], report_nothing)
+        windows = [window for text in texts for window in text.windows]
+        places = [place for text, place in zip(texts, places, strict=False) for _ in text.windows]
+        vectors = self._embedder.vectors(windows, places=places)
         report(len(texts))
         return mean_of_windows(vectors, [len(text.windows) for text in texts])
 
@@ -384,6 +391,11 @@ class SentenceEncoder:
         Raises ModelOptionError for shapes that do not fit.
         """
         return similarity(a, b, self.similarity_fn_name)
+
+
+def _check_budget(max_batch_tokens: int) -> None:
+    if isinstance(max_batch_tokens, bool) or not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
+        raise ModelOptionError(f"max_batch_tokens must be a whole number above 0, not {max_batch_tokens!r}")
 
 
 def _check_output(output: Output, chunk: bool, chunk_overlap: int | None, ranges: ArrayLike | None) -> None:

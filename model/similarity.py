@@ -36,7 +36,10 @@ def similarity(a: ArrayLike, b: ArrayLike, name: str = DEFAULT_SIMILARITY) -> Ma
 
 
 def _rows(vectors: ArrayLike) -> Matrix:
-    rows = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+    try:
+        rows = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+    except (TypeError, ValueError) as err:
+        raise ModelOptionError(f"vectors must be numbers, as many in each: {err}") from err
     if rows.ndim != 2:
         raise ModelOptionError(f"vectors must be (n, d) or (d,), not of {rows.ndim} dimensions")
     return rows

@@ -26,8 +26,8 @@ def checked_overlap(overlap: int | None, room: int) -> int:
         raise ModelOptionError("the prompt leaves no room for a token of the text: shorten it")
     if overlap is None:
         return int(room * DEFAULT_OVERLAP_SHARE)
-    if not 0 <= overlap < room:
-        raise ModelOptionError(f"chunk_overlap must be 0 to {room - 1} tokens with this prompt, not {overlap}")
+    if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap < room:
+        raise ModelOptionError(f"chunk_overlap must be 0 to {room - 1} tokens with this prompt, not {overlap!r}")
     return overlap
 
 

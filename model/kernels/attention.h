@@ -21,10 +21,11 @@ struct EmbedqAttention {
 namespace embedq {
 namespace {
 
+// Tokens of the longest text; the same in native.py.
+constexpr long MAX_KEYS = 1024;
 // Units between two rows of probabilities: a constant, so that the inner loop needs one address for all rows. Not a
 // multiple of 4 KiB, where all rows would fight for the same cache lines.
-constexpr long PROBABILITY_STRIDE = 1040;
-constexpr long MAX_KEYS = 1024;
+constexpr long PROBABILITY_STRIDE = MAX_KEYS + 16;
 
 inline long round_up(long a, long b) { return ceil_div(a, b) * b; }
 
@@ -146,12 +147,12 @@ struct Head {
 };
 
 // qkv: (tokens, 3, heads, dim); context: (tokens, heads, dim). The texts with the most tokens come first, so the last
-// tasks are short.
+// tasks are short. Gives 0, or 1 if memory ran out.
 template <class Kind>
-void attend(const EmbedqAttention* attention, const typename Kind::Element* qkv, const long* starts, const long* lengths,
+int attend(const EmbedqAttention* attention, const typename Kind::Element* qkv, const long* starts, const long* lengths,
             long num_texts, typename Kind::Element* context, int num_threads) {
     const long hidden = attention->num_heads * attention->head_dim;
-    parallel(num_threads, num_texts * attention->num_heads, [=](long task) {
+    auto attend_to_head = [=](long task) {
         const long text = task / attention->num_heads, index = task % attention->num_heads;
         Head<Kind> head(*attention, qkv, starts[text], lengths[text], index);
         head.lay_out_keys();
@@ -159,7 +160,8 @@ void attend(const EmbedqAttention* attention, const typename Kind::Element* qkv,
         auto* to = context + starts[text] * hidden + index * attention->head_dim;
         for (long i = 0; i < head.length; i += ROWS)
             with_rows(head.length - i, [&]<int R>() { head.template attend<R>(i, to); });
-    });
+    };
+    return status_of([&] { parallel(num_threads, num_texts * attention->num_heads, attend_to_head); });
 }
 
 }  // namespace

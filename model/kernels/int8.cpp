@@ -11,9 +11,9 @@ void embedq_int8_pack(const uint32_t* weight, long out_features, long in_feature
     pack_weight<Int8>(weight, out_features, in_features, packed);
 }
 
-void embedq_int8_linear(const EmbedqLinear* linear, const void* x, int x_is_bfloat16, long rows, EmbedqAfter after,
+int embedq_int8_linear(const EmbedqLinear* linear, const void* x, int x_is_bfloat16, long rows, EmbedqAfter after,
                         const float* residual, void* y, int y_is_bfloat16, int num_threads) {
-    apply_any<Int8>(linear, x, x_is_bfloat16, rows, after, residual, y, y_is_bfloat16, num_threads);
+    return apply_any<Int8>(linear, x, x_is_bfloat16, rows, after, residual, y, y_is_bfloat16, num_threads);
 }
 
 }

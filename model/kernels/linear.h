@@ -31,7 +31,7 @@ namespace {
 constexpr long CHUNK_BYTES = 384 << 10;
 // Tiles of rows a task multiplies with such a chunk.
 constexpr long GROUP_TILES = 8;
-// Fewer tasks for each thread would leave threads waiting for the last one.
+// Fewer tasks would leave threads waiting for the last one.
 constexpr long MIN_TASKS = 32;
 
 struct LeftOperand {
@@ -176,14 +176,15 @@ void multiply_rows(const EmbedqLinear& linear, LeftOperand left, long rows, Embe
 template <class Kind, class In, class Out>
 void apply(const EmbedqLinear* linear, const In* x, long rows, EmbedqAfter after, const float* residual, Out* y,
            int num_threads) {
+    if (rows == 0) return;
     const LeftOperand left = allocate<Kind>(*linear, rows);
     lay_out<Kind>(*linear, x, rows, left, num_threads);
     multiply_rows<Kind>(*linear, left, rows, after, residual, y, num_threads);
 }
 
-// For whoever knows the types at run time only.
+// For whoever knows the types at run time only. Gives 0, or 1 if memory ran out.
 template <class Kind>
-void apply_any(const EmbedqLinear* linear, const void* x, int x_is_bfloat16, long rows, EmbedqAfter after,
+int apply_any(const EmbedqLinear* linear, const void* x, int x_is_bfloat16, long rows, EmbedqAfter after,
                const float* residual, void* y, int y_is_bfloat16, int num_threads) {
     const auto with = [=](const auto* from) {
         if (y_is_bfloat16)
@@ -191,10 +192,12 @@ void apply_any(const EmbedqLinear* linear, const void* x, int x_is_bfloat16, lon
         else
             apply<Kind>(linear, from, rows, after, residual, static_cast<float*>(y), num_threads);
     };
-    if (x_is_bfloat16)
-        with(static_cast<const bfloat16*>(x));
-    else
-        with(static_cast<const float*>(x));
+    return status_of([&] {
+        if (x_is_bfloat16)
+            with(static_cast<const bfloat16*>(x));
+        else
+            with(static_cast<const float*>(x));
+    });
 }
 
 // weight: (out, in) elements of the right operand, row after row.

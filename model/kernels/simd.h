@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace embedq {
 namespace {
@@ -68,7 +69,7 @@ inline void interleave(const uint32_t* const* rows, long count, long steps, uint
     }
 }
 
-// e^x within 2 units in the last place, 0 for what is too small; NaN for NaN and infinity.
+// e^x within a unit in the last place, 0 for what is too small, infinity for what is too large; NaN stays NaN.
 inline __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-120.0f), x);  // in this order NaN stays NaN
     const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <new>
 
 namespace embedq {
 namespace {
@@ -15,9 +14,13 @@ OpenMpTeam open_mp_team = nullptr;
 
 void drain(void* data) {
     auto& tasks = *static_cast<detail::Tasks*>(data);
-    // One by one, so that a thread which something else holds up delays the others by one task at most.
-    for (long task; (task = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;)
-        tasks.run(tasks.body, task);
+    // Nothing may be thrown through OpenMP, so each thread keeps it to itself.
+    const int status = status_of([&] {
+        // One by one, so that a thread which something else holds up delays the others by one task at most.
+        for (long task; (task = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;)
+            tasks.run(tasks.body, task);
+    });
+    if (status) tasks.lacked_memory = true;
 }
 
 struct Free {
@@ -37,6 +40,7 @@ void detail::spread(int num_threads, Tasks& tasks) {
         open_mp_team(drain, &tasks, static_cast<unsigned>(threads), 0);
     else
         drain(&tasks);
+    if (tasks.lacked_memory) throw std::bad_alloc();
 }
 
 void* scratch(Scratch use, unsigned long bytes) {
@@ -56,7 +60,10 @@ void* scratch(Scratch use, unsigned long bytes) {
 
 extern "C" {
 
-// team: the address of GOMP_parallel, or null for one thread.
+// Raised with every change of a function or struct that Python sees; the same in native.py.
+int embedq_interface() { return 1; }
+
+// team: the address of GOMP_parallel; without it there is one thread.
 void embedq_set_team(void* team) { embedq::open_mp_team = reinterpret_cast<embedq::OpenMpTeam>(team); }
 
 }

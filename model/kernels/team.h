@@ -2,11 +2,12 @@
 #pragma once
 
 #include <atomic>
+#include <new>
 #include <type_traits>
 
 namespace embedq {
 
-// Calls body(task) for 0 <= task < count on so many threads; returns when all are done.
+// Calls body(task) for 0 <= task < count on so many threads; returns when all are done. Throws std::bad_alloc if one did.
 template <class Body>
 void parallel(int num_threads, long count, Body&& body);
 
@@ -17,6 +18,7 @@ struct Tasks {
     long count;
     void (*run)(void* body, long task);
     void* body;
+    std::atomic<bool> lacked_memory{false};
 };
 
 void spread(int num_threads, Tasks& tasks);
@@ -33,7 +35,18 @@ void parallel(int num_threads, long count, Body&& body) {
     detail::spread(num_threads, tasks);
 }
 
-// Memory of the calling thread that stays for its next call; its content does not.
+// 0, or 1 if memory ran out: nothing may be thrown through C.
+template <class Body>
+int status_of(Body&& body) {
+    try {
+        body();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// Memory of the calling thread that stays for its next call; its content does not. Throws std::bad_alloc.
 enum class Scratch { shared, own };
 void* scratch(Scratch use, unsigned long bytes);
 

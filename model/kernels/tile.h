@@ -70,7 +70,7 @@ inline __attribute__((always_inline)) void multiply_block(const uint32_t* a, con
     }
 }
 
-// Sums of at most this many products are formed one after the other, then added up: the rounding error of a float sum
+// Sums over at most this many steps are formed one after the other, then added up: the rounding error of a float sum
 // grows with the length of its chain.
 constexpr long CHAIN_STEPS = 256;
 
@@ -90,7 +90,7 @@ inline __attribute__((always_inline)) void multiply(const uint32_t* a, const uin
     }
 }
 
-// Calls body.template rows<R>() for the R = count that fits, 1 <= count <= ROWS.
+// Calls body.operator()<R>() for R = count, at least 1 and at most ROWS.
 template <class Body>
 inline void with_rows(long count, Body&& body) {
     switch (count) {

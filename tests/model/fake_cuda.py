@@ -147,6 +147,8 @@ def fake_gpu(*, total_bytes: int = 16 << 30) -> Iterator[Watch]:
         patch.setattr(torch.cuda, "Event", FinishedEvent)
         patch.setattr(torch.cuda, "current_stream", lambda _device: None)
         patch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+        patch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+        patch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
         patch.setattr(torch.cuda, "mem_get_info", lambda _device: (total_bytes, total_bytes))
         patch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)
         patch.setattr(torch.cuda, "memory_allocated", lambda _device: 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from tiny_model_folder import CONFIG
 from embedq.model import DeviceError, ModelOptionError, backend, native
 from embedq.model.backend import choose_backend, resolve_dtype
 from embedq.model.config import MPNetConfig
+from embedq.model.linear import LinearWeights
+from embedq.model.quantization import Int8Linear, quantize
 
 CPU = torch.device("cpu")
 BASE = MPNetConfig(
@@ -24,6 +26,7 @@ BASE = MPNetConfig(
     relative_attention_num_buckets=32,
     layer_norm_eps=1e-5,
 )
+QUANTIZED = quantize(LinearWeights(torch.ones(32, 32), torch.ones(32)))
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
@@ -36,7 +39,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def give_cpu(monkeypatch: pytest.MonkeyPatch, flags: Iterable[str], *, built: bool = True) -> None:
     for module in (backend, native):
         monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(flags))
-    monkeypatch.setattr(native, "is_built", lambda: built)
+    monkeypatch.setattr(native, "missing", lambda: None if built else "they were not built")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -75,6 +78,13 @@ def test_int8_without_vnni_works_with_a_warning_about_speed(
     chosen = choose_backend(CPU, torch.int8, BASE)
     assert chosen.description == "torch kernels, native attention"
     assert "int8 runs by torch's operators: this CPU lacks what they need" in caplog.text
+
+
+def test_quantized_weights_without_vnni_are_left_to_torch(cpu: pytest.MonkeyPatch) -> None:
+    """As when a model is quantized: in float32 by native kernels, with quantized products among them."""
+    give_cpu(cpu, AVX512)
+    linear = choose_backend(CPU, torch.float32, BASE).make_linear(QUANTIZED)
+    assert isinstance(linear, Int8Linear)
 
 
 def test_sizes_that_no_tile_fits_run_torch(cpu: pytest.MonkeyPatch) -> None:
@@ -159,13 +169,38 @@ def test_auto_dtype_on_a_cpu_goes_by_features_and_a_trial(
     assert why in caplog.text
 
 
-def test_the_trial_measures_something() -> None:
+@pytest.fixture
+def _fresh_trial() -> Iterator[None]:
     backend._bfloat16_speedup.cache_clear()
+    yield
+    backend._bfloat16_speedup.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_trial")
+def test_the_trial_measures_something() -> None:
     assert 0.01 < backend._bfloat16_speedup() < 100
+
+
+@pytest.mark.usefixtures("_fresh_trial")
+def test_the_trial_measures_what_would_run(cpu: pytest.MonkeyPatch) -> None:
+    give_cpu(cpu, [*AVX512, "avx512_bf16", "amx_bf16"])
+    cpu.setattr(backend, "onednn_agrees", lambda dtype: dtype == torch.bfloat16)
+    plain, tried = backend._torch_numbers(CPU, torch.float32), []
+    cpu.setattr(backend, "_native_numbers", lambda dtype: tried.append(("native", dtype)) or plain)
+    cpu.setattr(backend, "_torch_numbers", lambda _device, dtype: tried.append(("torch", dtype)) or plain)
+    assert backend._bfloat16_speedup() > 0
+    assert tried == [("native", torch.float32), ("torch", torch.bfloat16)]
 
 
 def test_auto_dtype_takes_quantized_weights_as_they_are() -> None:
     assert resolve_dtype("auto", CPU, is_quantized=True) == torch.int8
+
+
+def test_int8_is_for_devices_with_integer_products() -> None:
+    mps = torch.device("mps")
+    assert resolve_dtype("auto", mps, is_quantized=True) == torch.float32
+    with pytest.raises(DeviceError, match="int8 runs on cpu and cuda, not on mps: use auto or float32"):
+        choose_backend(mps, torch.int8, BASE)
 
 
 @pytest.mark.parametrize(("name", "dtype"), backend.DTYPES.items())

@@ -76,6 +76,28 @@ def test_what_overflows_behind_the_layers_is_said_to(own_folder: Path) -> None:
         load(own_folder).encode("the fox")
 
 
+@pytest.mark.parametrize("options", [{}, {"output": "tokens"}, {"chunk": True}])
+def test_a_bad_text_is_named_by_its_place_in_the_call(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Not in the slice, nor among the windows, in which it was encoded."""
+    monkeypatch.setattr("embedq.model.slices.SLICE_TEXTS", 2)
+    encoder = load(own_folder, change=only_for_odd_token)
+    with pytest.raises(NonFiniteError, match=r"^text 4: .*already in the embeddings$") as caught:
+        encoder.encode(["the fox", "dog " * 200, "dog", "dog " * 150, "ai", "fox"], **options)
+    assert caught.value.text_index == 4
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_torch_is_as_it_was_between_micro_batches(tiny_folder: Path) -> None:
+    """A generator that is left half-way, as an error does, would keep its context open."""
+    encoder = load(tiny_folder)._embedder
+    encoder.max_batch_tokens = 1
+    batches = encoder._run(tokens(*[[0, 5, 2]] * 9), lambda rows: torch.zeros(len(rows), 1), lambda _: None)
+    next(batches)
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_an_error_that_a_text_alone_does_not_have_is_said_to(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load(own_folder)
     whole = Embedder.encode_packed

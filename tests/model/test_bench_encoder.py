@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from tiny_model_folder import write_tiny_model
 
-from embedq.model import DeviceError, ModelOptionError, SentenceEncoder
+from embedq.model import DeviceError, ModelOptionError, NonFiniteError, SentenceEncoder
 from embedq.model import bench as bench_module
 from embedq.model.bench import BenchSettings, EncoderBench, Variant, load_variant
 from embedq.model.bench_cli import ATTENTIONS, DTYPES, bench_group
@@ -39,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(tiny: Path, *args: str | Path) -> Result:
-    words = ["encoder", str(tiny), "--device", "cpu", "--rounds", "2", "--texts", "4", *map(str, args)]
+    words = ["encoder", str(tiny), "--device", "cpu", "--rounds", "2", "--num-texts", "4", *map(str, args)]
     return CliRunner().invoke(bench_group, words, catch_exceptions=False)
 
 
@@ -90,6 +90,15 @@ def test_the_tables_go_to_a_file_too(tiny: Path, tmp_path: Path) -> None:
     assert path.read_text() == result.stdout
 
 
+def test_a_file_that_cannot_be_written_costs_no_results(tiny: Path, tmp_path: Path) -> None:
+    words = ["bench", "encoder", tiny, "--dtype", "float32", "--corpus", "short", "--rounds", "1", "--num-texts", "2"]
+    command = [sys.executable, "-m", "embedq.worker.cli", *words, "--output", tmp_path / ("x" * 300)]
+    shown = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert shown.returncode == 6
+    assert shown.stdout.startswith("# tiny on cpu\n")
+    assert shown.stderr.splitlines()[-1].endswith("cannot be written (File name too long)")
+
+
 def test_a_variant_that_is_refused_is_named_with_the_reason(tiny: Path) -> None:
     def load(model: str, *, device: str, variant: Variant) -> SentenceEncoder:
         if variant.attention == "native":
@@ -105,6 +114,24 @@ def test_a_variant_that_is_refused_is_named_with_the_reason(tiny: Path) -> None:
         {"dtype": "float32", "attention": "native", "reason": "attention native needs a compiler"}
     ]
     assert "Skipped: float32, attention native: attention native needs a compiler" in markdown(found)
+
+
+def test_a_variant_without_finite_vectors_is_skipped_and_the_others_are_measured(tiny: Path) -> None:
+    class Overflowing(SentenceEncoder):
+        def encode(self, *_args: Any, **_kwargs: Any) -> Any:
+            raise NonFiniteError("NaN or Inf first in layer 2 of 12; float16 ends at 65504", 3)
+
+    def load(model: str, *, device: str, variant: Variant) -> SentenceEncoder:
+        kind = Overflowing if variant.dtype == "bfloat16" else SentenceEncoder
+        return kind.load(model, device=device, dtype=variant.dtype)
+
+    bench = EncoderBench(_settings(tiny), load=load)
+    bench.run(_ignore)
+    assert [result.variant.dtype for result in bench.results] == ["float32"]
+    assert [skipped.reason for skipped in bench.skipped] == [
+        "text 3: NaN or Inf first in layer 2 of 12; float16 ends at 65504"
+    ]
+    assert [len(found.seconds) for found in bench.results[0].corpora] == [2, 2, 2]
 
 
 def test_nothing_to_measure_is_an_error_with_the_reason(tiny: Path) -> None:
@@ -132,12 +159,17 @@ def test_each_measurement_is_made_once_a_round(tiny: Path) -> None:
     assert bench.sweep_corpus.name == "short"
 
 
-def test_a_micro_batch_that_does_not_fit_has_speed_zero(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("too much"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")]
+)
+def test_a_micro_batch_that_does_not_fit_has_speed_zero(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     encode = SentenceEncoder.encode
 
     def limited(self: SentenceEncoder, *args: Any, **kwargs: Any) -> Any:
         if self.max_batch_tokens == 64:
-            raise torch.OutOfMemoryError("too much")
+            raise error
         return encode(self, *args, **kwargs)
 
     monkeypatch.setattr(SentenceEncoder, "encode", limited)
@@ -183,7 +215,7 @@ def test_ctrl_c_before_anything_was_measured_is_just_the_end(tiny: Path, monkeyp
         ("--attention", "flash"),
         ("--corpus", "novels"),
         ("--rounds", "0"),
-        ("--texts", "-1"),
+        ("--num-texts", "-1"),
         ("--max-batch-tokens", "0"),
         ("--output", "/nowhere/at/all.md"),
     ],
@@ -199,7 +231,7 @@ def test_a_device_that_is_not_here_is_an_error(tiny: Path) -> None:
         CliRunner().invoke(bench_group, ["encoder", str(tiny), "--device", "tpu"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"num_texts": -1}, {"max_batch_tokens": (8, 0)}])
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"num_texts": 0}, {"max_batch_tokens": (8, 0)}])
 def test_settings_that_measure_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ModelOptionError, match="must be above 0"):
         BenchSettings("model", **wrong)

@@ -190,8 +190,19 @@ def test_a_sample_that_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(ModelOptionError, match=message):
         run("calibrate", own_folder, "--texts", "-", "-o", tmp_path / "r", *arguments, stdin=stdin)
+
+
+def test_where_the_ranges_go_is_checked_before_anything_is_encoded(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ModelOptionError, match="cannot be written"):
-        run("calibrate", own_folder, "--texts", "-", "-o", tmp_path / "no" / "r", stdin="a\nb")
+        run("calibrate", own_folder, "--texts", "-", "-o", own_folder / ("r" * 300), stdin="a\nb")
+    monkeypatch.setattr(SentenceEncoder, "encode", None)
+    shown = run("calibrate", own_folder, "-o", own_folder / "no" / "r")
+    assert shown.exit_code == 2
+    assert f"no folder {own_folder / 'no'}" in shown.stderr
+    with pytest.raises(ModelOptionError, match="dimensions must be 1 to 24"):
+        calibrate_model(resolve_model(str(own_folder)), TEXTS, [25], device="cpu")
 
 
 def test_a_prompt_named_in_the_config_is_part_of_what_is_calibrated(own_folder: Path) -> None:

@@ -102,6 +102,25 @@ def test_the_layers_compute_in_their_dtype_and_what_follows_in_float32(folder: P
     assert dtypes_of(watch, "segment_reduce") == {torch.float32}
 
 
+def test_quantized_products_are_of_sizes_that_cublas_takes(tmp_path: Path) -> None:
+    """Neither the model's widths are, nor the rows of a text of one token."""
+    folder = write_folder(tmp_path, hidden_size=36, intermediate_size=44)
+    with fake_gpu() as watch:
+        encoder = SentenceEncoder(folder, name="fake", revision="0", device=CUDA, dtype="int8")
+        for lengths in (LENGTHS, [1]):
+            watch.reset()
+            with torch.no_grad():
+                encoder._embedder.encode_packed(random_sequences(lengths))
+            products = ops(watch, "_int_mm")
+            assert len(products) == 4 * 2
+            for op in products:
+                left, right = (spec.shape for spec in op.inputs)
+                assert left[0] > 16
+                assert left[1] % 8 == right[1] % 8 == 0
+            assert dtypes_of(watch, "bmm") == {torch.bfloat16}
+            assert [op for op in watch.ops if op.synchronizes and op.name != "copy_.default"] == []
+
+
 def ops(watch: Watch, name: str) -> list[Op]:
     return [op for op in watch.ops if op.name.split(".")[0] == name]
 
@@ -165,10 +184,11 @@ def peak_bytes(lengths: list[int], dtype: torch.dtype, modes: list[str], config:
 
 def bound(lengths: list[int], dtype: torch.dtype, modes: list[str], config: MPNetConfig = BASE) -> int:
     pooled_dim = len(modes) * config.hidden_size
-    return Footprint(config, dtype.itemsize, MAX_SCORES, lengths[0], pooled_dim).num_bytes(sum(lengths))
+    element_bytes = 4 if dtype == torch.int8 else dtype.itemsize  # the sums of bytes
+    return Footprint(config, element_bytes, MAX_SCORES, lengths[0], pooled_dim).num_bytes(sum(lengths))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize(
     "lengths",
     [[512] * 32, [384] * 6, [512], [128] * 128, [12] * 300, [1] * 500, [300, 280, 200, 64, 64, 60, 9, 8, 7, 2] * 1],

@@ -12,7 +12,7 @@ from fake_hub import COMMIT, running_hub
 from safetensors.numpy import load_file, save_file
 from tiny_model_folder import CONFIG, write_tiny_model
 
-from embedq.model import verify
+from embedq.model import SentenceEncoder, verify
 from embedq.model.cli import model_group
 from embedq.model.errors import DeviceError, ModelFormatError, ModelNotFoundError
 from embedq.model.mpnet import tensor_shapes
@@ -194,6 +194,20 @@ def test_verify_of_the_real_model_passes(real_model_path: Path) -> None:
     exit_code, checks = _checks(real_model_path, "--dtype", "float32")
     assert exit_code == 0
     assert checks["expected cosines"]
+
+
+@pytest.mark.real_model
+def test_inspect_of_a_copy_under_another_name_names_the_ranges_that_its_vectors_get(
+    real_model_path: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for entry in real_model_path.iterdir():
+        (copy / entry.name).symlink_to(entry)
+    found = json.loads(_run("inspect", copy, "--json").stdout)
+    assert (found["name"], found["revision"]) == ("copy", None)
+    assert found["calibration"] == SentenceEncoder.load(copy, device="cpu", dtype="float32").calibration_digest != ""
+    assert 768 in found["calibrated_dimensions"]
 
 
 def test_away_from_a_terminal_progress_is_a_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:

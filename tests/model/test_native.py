@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +36,38 @@ def needs(dtype: torch.dtype) -> None:
 def test_the_kernels_are_built_where_everything_is_tested() -> None:
     if os.environ.get("CI") != "true":
         pytest.skip("an installation without a compiler is allowed elsewhere")
-    assert native.is_built()
+    assert native.missing() is None
+
+
+@pytest.fixture
+def _fresh_library() -> Iterator[None]:
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_library")
+@pytest.mark.parametrize("fault", ["absent", "no library", "another version's", "no such threads"])
+def test_a_library_that_cannot_be_used_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    if fault in ("another version's", "no such threads"):
+        needs(torch.float32)
+        native._library.cache_clear()
+    if fault in ("absent", "no library"):
+        monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    if fault == "no library":
+        (tmp_path / "_native.abi3.so").write_bytes(b"of another kind of CPU")
+    if fault == "another version's":
+        monkeypatch.setattr(native, "INTERFACE", -1)
+    if fault == "no such threads":
+        monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    reason = "not built with this installation" if fault == "absent" else "cannot be loaded"
+    assert reason in str(native.missing())
+    assert (reason in caplog.text) == (fault != "absent")
+    assert not native.runs(torch.float32)
+    with pytest.raises(ValueError, match="no kernels run in"):
+        NativeLinear(random_weights(32, 32), torch.float32, torch.float32)
 
 
 def random_weights(out_features: int, in_features: int) -> LinearWeights:
@@ -120,9 +156,79 @@ def test_rows_that_are_not_finite_stay_so() -> None:
         assert not y[1:].isfinite().any()
 
 
-def test_sizes_that_no_tile_fits_are_refused() -> None:
+def test_what_no_kernel_takes_is_refused() -> None:
+    """It would be read beyond its end."""
     with pytest.raises(ValueError, match="no multiple of 32"):
         NativeLinear(random_weights(40, 64), torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="float32 weights"):
+        NativeLinear(random_weights(32, 64), torch.int8, torch.float32)
+    for head_dim, max_length in ((24, 70), (32, native.MAX_KEYS + 1)):
+        bias = PositionBias.from_buckets(torch.randn(32, 2), max_length)
+        with pytest.raises(ValueError, match="attention does not run"):
+            NativeAttention(bias, head_dim, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [*FLOAT_DTYPES, torch.int8], ids=str)
+def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
+    needs(dtype)
+    weights = random_weights(64, 32)
+    linear = NativeLinear(quantize(weights) if dtype == torch.int8 else weights, dtype, torch.float32)
+    assert linear(torch.empty(0, 32)).shape == linear.gelu(torch.empty(0, 32)).shape == (0, 64)
+    if dtype != torch.int8:
+        bias = PositionBias.from_buckets(torch.randn(32, 2), max_length=70)
+        assert NativeAttention(bias, 32, dtype).prepare([], [])(torch.empty(0, 192)).shape == (0, 64)
+
+
+def test_scales_of_any_float_type_are_read_as_numbers() -> None:
+    needs(torch.int8)
+    quantized = quantize(random_weights(64, 32), torch.rand(32) + 0.1)
+    assert quantized.scale is not None
+    assert quantized.input_factor is not None
+    halves = LinearWeights(
+        quantized.weight, quantized.bias.bfloat16(), quantized.scale.bfloat16(), quantized.input_factor.bfloat16()
+    )
+    x = torch.randn(5, 32)
+    got, expected = NativeLinear(halves, torch.int8, torch.float32)(x), Int8Linear(halves, torch.device("cpu"))(x)
+    torch.testing.assert_close(got, expected, atol=2e-2 * float(expected.abs().max()), rtol=0)
+
+
+def test_a_default_device_elsewhere_changes_nothing() -> None:
+    needs(torch.float32)
+    linear, x = NativeLinear(random_weights(64, 32), torch.float32, torch.float32), torch.randn(3, 32)
+    expected = linear(x)
+    with torch.device("meta"):
+        assert torch.equal(linear(x), expected)
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    needs(torch.float32)
+    linear = NativeLinear(random_weights(96, 64), torch.float32, torch.float32)
+    inputs = [torch.randn(rows, 64) for rows in range(1, 60)]
+    expected = [linear(x) for x in inputs]
+    with ThreadPoolExecutor(4) as threads:
+        for got, alone in zip(threads.map(linear, inputs), expected, strict=True):
+            assert torch.equal(got, alone)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_memory_that_runs_out_is_an_error_and_no_end_of_the_process() -> None:
+    needs(torch.float32)
+    code = (
+        "import resource, torch\n"
+        "from embedq.model.linear import LinearWeights\n"
+        "from embedq.model.native import NativeLinear\n"
+        "linear = NativeLinear(LinearWeights(torch.randn(32, 2048), torch.randn(32)), torch.float32, torch.float32)\n"
+        "x = torch.randn(20_000, 2048, dtype=torch.bfloat16)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "limit = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 80_000_000, limit[1]))\n"
+        "try: linear(x)\n"
+        "except torch.OutOfMemoryError as err: print(err)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, limit)\n"
+        "print(tuple(linear(x).shape))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert shown.stdout.splitlines() == ["native kernels: can't allocate memory", "(20000, 32)"]
 
 
 def naive_attention(qkv: torch.Tensor, lengths: list[int], bias: PositionBias) -> torch.Tensor:
@@ -190,3 +296,23 @@ def test_one_thread_gives_what_many_give() -> None:
         assert torch.equal(linear(x), many)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_text_gets_the_same_bits_whatever_shares_its_micro_batch(dtype: torch.dtype) -> None:
+    needs(dtype)
+    torch.manual_seed(0)
+    weights = random_weights(192, 64)
+    linear = NativeLinear(quantize(weights) if dtype == torch.int8 else weights, dtype, torch.float32)
+    lengths = [40, 33, 13, 12, 5, 1]
+    x = torch.randn(sum(lengths), 64)
+    bias = PositionBias.from_buckets(torch.randn(32, 2), max_length=40)
+    element = torch.float32 if dtype == torch.int8 else dtype
+    attention = NativeAttention(bias, 32, element)
+
+    def run(rows: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        return attention.prepare(lengths, [])(linear(rows).to(element))
+
+    together = run(x, lengths).split(lengths)
+    for rows, expected in zip(x.split(lengths), together, strict=True):
+        assert torch.equal(run(rows, [len(rows)]), expected)

@@ -116,6 +116,8 @@ def test_steps_without_ranges_are_refused() -> None:
         (np.zeros(64), "must have the shape"),
         (np.full((2, 64), np.nan), "must be finite"),
         (RANGES[::-1], "the lowest values in the first row"),
+        ("wide", "must be numbers, as many in both rows"),
+        ([[0, 1], [2]], "must be numbers, as many in both rows"),
     ],
 )
 def test_ranges_that_cannot_be_are_refused(ranges: Any, message: str) -> None:

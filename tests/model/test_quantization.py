@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loading import bytes_to_load
 from safetensors.torch import load_file, save_file
 from tiny import edit_json, write_folder, write_modules, write_pooling
 from torch.nn import functional
 
 from embedq.model import ModelFormatError, ModelOptionError, SentenceEncoder, WeightsError
+from embedq.model.calibration import CALIBRATION_FILE, Calibration
 from embedq.model.cli import model_group
 from embedq.model.fidelity import cosines, spearman_on_pairs
 from embedq.model.linear import LinearWeights, PlainLinear
@@ -29,6 +32,8 @@ SHAPES = [{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
 #: Least cosine to float32 on real English text, of each text and of their mean.
 LEAST_COSINE, MEAN_COSINE = 0.99, 0.997
 SPEARMAN_TOLERANCE = 0.005
+#: Of memory: the tokenizer, the first text's activations, one layer that is converted.
+BYTES_BESIDE_WEIGHTS = 60_000_000
 
 
 @given(rows=st.integers(1, 5), features=st.integers(1, 70), spread=st.floats(1e-6, 1e6), shift=st.floats(-3, 3))
@@ -76,6 +81,23 @@ def test_integer_products_are_near_the_float_ones(rows: int, smooth: bool) -> No
     assert error < (0.01 if smooth else 0.05)
     torch.testing.assert_close(ours.gelu(x), functional.gelu(ours(x)))
     torch.testing.assert_close(ours.add(x, residual), ours(x) + residual)
+
+
+def test_widths_that_no_gpu_takes_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Size, torch.Size]] = []
+    product = torch._int_mm
+
+    def watched(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        seen.append((left.shape, right.shape))
+        return product(left, right)
+
+    monkeypatch.setattr(torch, "_int_mm", watched)
+    torch.manual_seed(0)
+    quantized = quantize(LinearWeights(torch.randn(10, 13), torch.randn(10)), torch.rand(13) + 0.1)
+    x = torch.randn(3, 13)
+    got, expected = Int8Linear(quantized, CPU)(x), PlainLinear(quantized.dequantized())(x)
+    assert seen == [((32, 16), (16, 16))]
+    assert (got - expected).abs().mean() < 0.02 * expected.abs().mean()
 
 
 def test_smoothing_helps_where_a_channel_stands_out() -> None:
@@ -170,6 +192,70 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
+def test_a_copy_inside_its_own_source_is_refused(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source")
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, source / "int8", tmp_path / "link" / "int8"):
+        with pytest.raises(ModelOptionError, match="lies in the model that is copied"):
+            quantize_folder(source, target, texts=TEXTS, min_cosine=0.5)
+    assert not (source / "int8").exists()
+
+
+def test_a_copy_of_links_and_read_only_files_is_a_folder_of_its_own(tmp_path: Path) -> None:
+    """As a hub's cache has them, in which all files are links."""
+    blobs, source, target = folder(tmp_path / "blobs"), tmp_path / "source", tmp_path / "target"
+    (source / "1_Pooling").mkdir(parents=True)
+    for path in [path for path in blobs.rglob("*") if path.is_file()]:
+        path.chmod(0o444)
+        (source / path.relative_to(blobs)).symlink_to(path)
+    (source / "1_Pooling").chmod(0o555)
+    source.chmod(0o555)
+    quantize_folder(source, target, texts=TEXTS, min_cosine=0.5)
+    copied = [path for path in target.rglob("*") if path.is_file()]
+    assert len(copied) == len([path for path in blobs.rglob("*") if path.is_file()])
+    for path in (target, *target.rglob("*")):
+        assert not path.is_symlink()
+        assert path.stat().st_mode & 0o200
+
+
+def test_the_folders_own_calibration_comes_along(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source")
+    calibration = Calibration({24: np.array([[-1.0] * 24, [1.0] * 24], np.float32)}, normalized=True)
+    (source / CALIBRATION_FILE).write_bytes(calibration.to_bytes({}))
+    quantize_folder(source, tmp_path / "target", texts=TEXTS, min_cosine=0.5)
+    assert SentenceEncoder.load(tmp_path / "target", device="cpu").calibration_digest == calibration.digest
+
+
+@pytest.mark.parametrize("prefix", ["", "mpnet."])
+def test_a_source_in_shards_becomes_one_file(tmp_path: Path, prefix: str) -> None:
+    source = folder(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    shards = {prefix + name: f"model-0000{index % 2 + 1}-of-00002.safetensors" for index, name in enumerate(weights)}
+    for shard in set(shards.values()):
+        inside = {name: weights[name.removeprefix(prefix)] for name, file in shards.items() if file == shard}
+        save_file(inside, source / shard)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    quantize_folder(source, tmp_path / "target", texts=TEXTS, min_cosine=0.5)
+    written = tmp_path / "target" / "model.safetensors"
+    assert list((tmp_path / "target").glob("model*")) == [written]
+    vectors = SentenceEncoder.load(tmp_path / "target", device="cpu").encode(TEXTS)
+    save_file({f"mpnet.{name}": tensor for name, tensor in load_file(written).items()}, written)
+    assert np.array_equal(SentenceEncoder.load(tmp_path / "target", device="cpu").encode(TEXTS), vectors)
+
+
+def test_a_full_disk_is_an_error_on_one_line(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", **SHAPES[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(ModelOptionError, match=r"target cannot be written: .*File too large"):
+            quantize_folder(source, tmp_path / "target", texts=TEXTS, min_cosine=0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder(tmp_path / "source")
 
@@ -238,6 +324,7 @@ def test_a_quantized_all_mpnet_base_v2_keeps_its_meaning(real_model_path: Path, 
     assert abs(done.spearman_after - done.spearman_before) <= SPEARMAN_TOLERANCE
     assert done.bytes_after < done.bytes_before / 3
     assert done.kept == {}
+    assert bytes_to_load(tmp_path / "int8", "auto") < 1.2 * done.bytes_after + BYTES_BESIDE_WEIGHTS
 
 
 @pytest.mark.real_model

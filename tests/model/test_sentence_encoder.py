@@ -156,9 +156,19 @@ def test_half_precision_pools_in_float32(tiny_folder: Path, encoder: SentenceEnc
     assert (vectors * encoder.encode(TEXTS)).sum(axis=1).min() > 0.999
 
 
+@pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "512", None])
+def test_a_budget_that_cannot_be_is_refused(tiny_folder: Path, wrong: Any) -> None:
+    encoder = SentenceEncoder.load(tiny_folder, device="cpu", dtype="float32")
+    before = encoder.max_batch_tokens
+    with pytest.raises(ModelOptionError, match=f"max_batch_tokens must be a whole number above 0, not {wrong!r}"):
+        encoder.max_batch_tokens = wrong
+    assert encoder.max_batch_tokens == before
+    if wrong is not None:
+        with pytest.raises(ModelOptionError, match="max_batch_tokens must be a whole number above 0"):
+            SentenceEncoder.load(tiny_folder, device="cpu", max_batch_tokens=wrong)
+
+
 def test_bad_ways_to_load_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelOptionError, match="max_batch_tokens"):
-        SentenceEncoder.load(tiny_folder, max_batch_tokens=0)
     with pytest.raises(DeviceError, match="unknown dtype 'int4'"):
         SentenceEncoder.load(tiny_folder, dtype="int4")
     with pytest.raises(ModelOptionError, match="unknown attention 'flash'"):

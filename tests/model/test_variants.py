@@ -156,7 +156,7 @@ def test_token_output_is_sentence_transformers(variant: Any) -> None:
 
 def test_token_output_pools_to_the_sentence(tmp_path: Path) -> None:
     """What late chunking does: the mean over any span of tokens."""
-    encoder = SentenceEncoder.load(all_mpnet_base_v2(tmp_path), device="cpu")
+    encoder = SentenceEncoder.load(all_mpnet_base_v2(tmp_path), device="cpu", dtype="float32")
     tokens = encoder.encode(TEXTS, output="tokens")
     means = np.stack([part.mean(axis=0) for part in tokens])
     assert_close(means / np.linalg.norm(means, axis=1, keepdims=True), encoder.encode(TEXTS))
@@ -240,5 +240,8 @@ def test_vectors_that_cannot_be_compared_are_refused() -> None:
         similarity(np.ones(3), np.ones(4))
     with pytest.raises(ModelOptionError, match="not of 3 dimensions"):
         similarity(np.ones((1, 1, 3)), np.ones(3))
+    for wrong in ("fox", [[1, 2], [3]]):
+        with pytest.raises(ModelOptionError, match="vectors must be numbers, as many in each"):
+            similarity(wrong, np.ones(3))
     with pytest.raises(ModelOptionError, match="unknown similarity 'maxsim': use one of cosine, dot"):
         similarity(np.ones(3), np.ones(3), "maxsim")

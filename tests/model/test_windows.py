@@ -45,7 +45,7 @@ def test_an_eighth_of_a_window_overlaps_unless_said_otherwise() -> None:
     assert checked_overlap(None, 382) == 47
     assert checked_overlap(None, 3) == 0
     assert checked_overlap(0, 3) == 0
-    for overlap in (3, -1):
+    for overlap in (3, -1, True, 1.5):
         with pytest.raises(
             ModelOptionError, match=f"chunk_overlap must be 0 to 2 tokens with this prompt, not {overlap}"
         ):

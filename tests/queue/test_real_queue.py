@@ -23,8 +23,8 @@ def test_vectors_from_the_queue_equal_the_encoders_own(queue: EmbedQueue, drain:
     together = queue.enqueue(TEXTS)
     cut = queue.enqueue(TEXTS, dimensions=64, precision="float16")
     too_long = queue.enqueue(TEXTS, truncate=False)
-    drain(model=str(real_model_path), max_batch_tokens=512)
-    wanted = SentenceEncoder.load(str(real_model_path)).encode(TEXTS)
+    drain(model=str(real_model_path), dtype="float32", max_batch_tokens=512)
+    wanted = SentenceEncoder.load(str(real_model_path), dtype="float32").encode(TEXTS)
 
     result = together.result(timeout=0)
     np.testing.assert_allclose(result.vectors, wanted, atol=2e-6)
