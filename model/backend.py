@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -105,8 +105,10 @@ def _auto_cuda_dtype(device: torch.device) -> tuple[torch.dtype, str]:
 def _bfloat16_speedup() -> float:
     cpu = torch.device("cpu")
     size = TRIAL_FEATURES
-    weights = LinearWeights(torch.randn(size, size), torch.randn(size))
-    x = torch.randn(TRIAL_ROWS, size)
+    # Numbers of its own: the process's random state is the caller's.
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    weights = LinearWeights(draw(size, size), draw(size))
+    x = draw(TRIAL_ROWS, size)
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         use_native = _lacks_native(dtype) is None and not _prefers_onednn(dtype)
@@ -135,7 +137,6 @@ def choose_backend(
     """The fastest that runs here. kernels: `native` insists on this package's own, `torch` does without them.
 
     max_scores: bounds the attention scores computed at once, in elements; None: as suits the device.
-
     Raises ModelOptionError for a name that is none, DeviceError for a choice that cannot run here.
     """
     for name, value, known in (("kernels", kernels, get_args(Kernels)), ("attention", attention, ATTENTION_NAMES)):
@@ -154,6 +155,8 @@ def choose_backend(
         fits = kernels != "torch" and _fits_native_attention(device, numbers.activation, config)
         attention = "native" if fits else "bmm"
     make_attention = _attention_maker(attention, device, numbers.activation, config, max_scores)
+    description = f"{'native' if use_native else 'torch'} kernels, {attention} attention"
+    log.info("%s on %s: %s", dtype_name(dtype), device, description)
     return Backend(
         device=device,
         dtype=dtype,
@@ -161,7 +164,7 @@ def choose_backend(
         residual_dtype=numbers.residual,
         make_linear=numbers.make_linear,
         make_attention=make_attention,
-        description=f"{'native' if use_native else 'torch'} kernels, {attention} attention",
+        description=description,
     )
 
 

@@ -324,6 +324,8 @@ def test_a_quantized_all_mpnet_base_v2_keeps_its_meaning(real_model_path: Path, 
     assert abs(done.spearman_after - done.spearman_before) <= SPEARMAN_TOLERANCE
     assert done.bytes_after < done.bytes_before / 3
     assert done.kept == {}
+    vectors = SentenceEncoder.load(tmp_path / "int8", device="cpu").encode("otters", precision="int8")
+    assert vectors.dtype == np.int8  # the ranges that ship for the original came along
     assert bytes_to_load(tmp_path / "int8", "auto") < 1.2 * done.bytes_after + BYTES_BESIDE_WEIGHTS
 
 
