@@ -25,6 +25,12 @@ from embedq.worker.redis_server import RedisServer
 Drain = Callable[..., EmbedWorker]
 
 
+def pytest_configure() -> None:
+    """Ctrl-C reaches what the tests start even where they themselves run in a shell's background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def redis_binaries() -> list[str]:
     """The embedded server and the one on PATH, where they differ in version behaviour may too."""
     found = []
