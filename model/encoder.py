@@ -126,16 +126,6 @@ class Encoder(Protocol):
         Raises ModelOptionError for dimensions above the model's or a precision it cannot give.
         """
 
-    def postprocess_states(
-        self,
-        states: NDArray[np.float32],
-        *,
-        normalize: bool | None = None,
-        dimensions: int | None = None,
-        precision: Precision = "float32",
-    ) -> NDArray[np.generic]:
-        """The same for tokens' vectors (T, token_dim), which are normalised only if asked. float32 or float16."""
-
     @property
     def calibration_digest(self) -> str:
         """Which ranges int8 and uint8 vectors were made with; results carry it. Empty if there are none."""

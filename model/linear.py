@@ -47,9 +47,8 @@ class LinearWeights:
         return LinearWeights(weight if self.input_factor is None else weight * self.input_factor, self.bias)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LinearWeights:
-        """Floats of `dtype` on `device`."""
-        floats = self.dequantized()
-        return LinearWeights(floats.weight.to(device, dtype), floats.bias.to(device, dtype))
+        """Weights that are floats, as `dtype` on `device`."""
+        return LinearWeights(self.weight.to(device, dtype), self.bias.to(device, dtype))
 
 
 class Linear(Protocol):

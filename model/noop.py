@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from embedq.model.calibration import UNIT_DIGEST, unit_ranges
 from embedq.model.encoder import ChunkedText, Precision, TokenizedText, TruncationSide
 from embedq.model.errors import ModelNotFoundError, ModelOptionError, TextTooLongError
-from embedq.model.precision import normalize_rows, postprocess, postprocess_states
+from embedq.model.precision import normalize_rows, postprocess
 from embedq.model.windows import check_num_tokens, checked_overlap, window_starts
 
 PREFIX = "noop:"
@@ -167,16 +167,6 @@ class NoopEncoder:
         return postprocess(
             vectors, normalize=normalize, dimensions=dimensions, precision=precision, find_ranges=unit_ranges
         )
-
-    def postprocess_states(
-        self,
-        states: NDArray[np.float32],
-        *,
-        normalize: bool | None = None,
-        dimensions: int | None = None,
-        precision: Precision = "float32",
-    ) -> NDArray[np.generic]:
-        return postprocess_states(states, normalize=normalize, dimensions=dimensions, precision=precision)
 
 
 def _ids(index: int, text: str, num_words: int) -> NDArray[np.int32]:

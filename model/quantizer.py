@@ -176,9 +176,13 @@ class _Quantizer:
 
     @cached_property
     def _quantized(self) -> dict[Product, Linear]:
-        return {product: self._model.backend.make_linear(self._weights(product)) for product in self.products}
+        return {product: self._model.backend.make_linear(weights) for product, weights in self._weights.items()}
 
-    def _weights(self, product: Product) -> LinearWeights:
+    @cached_property
+    def _weights(self) -> dict[Product, LinearWeights]:
+        return {product: self._quantize(product) for product in self.products}
+
+    def _quantize(self, product: Product) -> LinearWeights:
         """Quantized and smoothed."""
         names = product.names
         tensors = self.checkpoint.read([f"{name}.{kind}" for name in names for kind in ("weight", "bias")])
@@ -260,7 +264,7 @@ class _Quantizer:
         tensors: dict[str, Tensor] = {}
         for product in self.products:
             if product not in kept:
-                tensors |= _split(product.names, self._weights(product))
+                tensors |= _split(product.names, self._weights[product])
         rest = [name for name in tensor_shapes(self._model.config) if name not in tensors]
         for name, tensor in self.checkpoint.read(rest).items():
             # Large ones: embedding tables, and the products that are kept.

@@ -293,16 +293,6 @@ class SentenceEncoder:
             )
         return self.calibration.ranges_for(dimensions, normalized=normalized)
 
-    def postprocess_states(
-        self,
-        states: NDArray[np.float32],
-        *,
-        normalize: bool | None = None,
-        dimensions: int | None = None,
-        precision: Precision = "float32",
-    ) -> NDArray[np.generic]:
-        return postprocess_states(states, normalize=normalize, dimensions=dimensions, precision=precision)
-
     @overload
     def encode(
         self, texts: str | Sequence[str], *, output: Literal["sentence"] = "sentence", **options: Unpack[EncodeOptions]
@@ -347,9 +337,7 @@ class SentenceEncoder:
         prompt = self.resolve_prompt(prompt, prompt_name)
         tokenize = partial(self._tokenizer, prompt=prompt, truncate=truncate, truncation_side=truncation_side)
         windows = partial(self._tokenizer.windows, prompt=prompt, overlap=chunk_overlap)
-        finish_states = partial(
-            self.postprocess_states, normalize=normalize, dimensions=dimensions, precision=precision
-        )
+        finish_states = partial(postprocess_states, normalize=normalize, dimensions=dimensions, precision=precision)
         finish = partial(
             self.postprocess, normalize=normalize, dimensions=dimensions, precision=precision, ranges=ranges
         )

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from embedq.model import Encoder, ModelError, NonFiniteError, TextTooLongError, TokenizedText
 from embedq.model.encoder import CALIBRATED, Output
+from embedq.model.precision import postprocess_states
+from embedq.model.windows import mean_of_windows
 from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import JobFailedError
 from embedq.producer.wire import EmbedRequest
@@ -39,8 +41,8 @@ class Work:
     texts: Sequence[int]
     #: (n,) of each text, as the result reports it
     num_tokens: tuple[int, ...]
-    #: filled piece by piece: (n, embedding_dim) float32, each text's windows summed; or of token output
-    #: (sum of num_tokens, d) as the result has them
+    #: filled piece by piece: (pieces, embedding_dim) float32; or of token output (sum of num_tokens, d) as the
+    #: result has them
     vectors: NDArray[Any]
     #: pieces not encoded yet
     missing: int
@@ -76,15 +78,12 @@ class Work:
             start = sum(self.num_tokens[:place])
             self.vectors[start : start + len(rows)] = rows
         else:
-            self.vectors[self.texts[place]] += rows
+            self.vectors[place] = rows
         self.missing -= 1
 
     def mean_vectors(self) -> NDArray[np.float32]:
         """(n, embedding_dim) each text's vector: the mean of its windows'."""
-        if len(self.tokens) == len(self.vectors):
-            return self.vectors
-        counts = np.bincount(self.texts, minlength=len(self.vectors)).astype(np.float32)
-        return np.asarray(self.vectors / counts[:, None], dtype=np.float32)
+        return mean_of_windows(self.vectors, np.bincount(self.texts, minlength=len(self.num_tokens)).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +142,16 @@ class Engine:
             )
             texts = range(len(tokens))
             num_tokens = tuple(text.num_tokens for text in tokens)
-        return Work(request, tokens, texts, num_tokens, self._room(request, sum(num_tokens)), missing=len(tokens))
+        vectors = self._room(request, len(tokens), sum(num_tokens))
+        return Work(request, tokens, texts, num_tokens, vectors, missing=len(tokens))
 
-    def _room(self, request: EmbedRequest, num_tokens: int) -> NDArray[Any]:
+    def _room(self, request: EmbedRequest, num_pieces: int, num_tokens: int) -> NDArray[Any]:
         """`Work.vectors`. What cannot be finished is found here, on an empty array, before it is encoded."""
         is_tokens = request.options.output == "tokens"
         width = self.encoder.token_dim if is_tokens else self.encoder.embedding_dim
         finished = self._postprocess(np.empty((0, width), np.float32), request)
         if not is_tokens:
-            return np.zeros((len(request.texts), width), np.float32)
+            return np.empty((num_pieces, width), np.float32)
         _check_size(num_tokens, finished)
         return np.empty((num_tokens, finished.shape[1]), finished.dtype)
 
@@ -228,7 +228,7 @@ class Engine:
 
     def _postprocess(self, vectors: NDArray[np.float32], request: EmbedRequest) -> NDArray[np.generic]:
         options = request.options
-        postprocess = self.encoder.postprocess_states if options.output == "tokens" else self.encoder.postprocess
+        postprocess = postprocess_states if options.output == "tokens" else self.encoder.postprocess
         return postprocess(
             vectors, normalize=options.normalize, dimensions=options.dimensions, precision=options.precision
         )

@@ -150,7 +150,7 @@ struct Head {
 // tasks are short. Gives 0, or 1 if memory ran out.
 template <class Kind>
 int attend(const EmbedqAttention* attention, const typename Kind::Element* qkv, const long* starts, const long* lengths,
-            long num_texts, typename Kind::Element* context, int num_threads) {
+           long num_texts, typename Kind::Element* context, int num_threads) {
     const long hidden = attention->num_heads * attention->head_dim;
     auto attend_to_head = [=](long task) {
         const long text = task / attention->num_heads, index = task % attention->num_heads;

@@ -57,27 +57,17 @@ LeftOperand allocate(const EmbedqLinear& linear, long rows) {
 }
 
 // One row of x as units; where it is such already, no copy is made.
-inline const uint32_t* as_units(Float32, const EmbedqLinear&, const float* x, uint32_t*, LeftOperand, long) {
-    return reinterpret_cast<const uint32_t*>(x);
+template <class Kind, class In>
+const uint32_t* as_units(Kind, const EmbedqLinear& linear, const In* x, uint32_t* row, LeftOperand, long) {
+    using Element = typename Kind::Element;
+    if constexpr (std::is_same_v<In, Element>) {
+        return reinterpret_cast<const uint32_t*>(x);
+    } else {
+        auto* to = reinterpret_cast<Element*>(row);
+        for (long k = 0; k < linear.in_features; k += 16) store(to + k, load(x + k));
+        return row;
+    }
 }
-
-inline const uint32_t* as_units(Float32, const EmbedqLinear& linear, const bfloat16* x, uint32_t* row, LeftOperand, long) {
-    auto* to = reinterpret_cast<float*>(row);
-    for (long k = 0; k < linear.in_features; k += 16) store(to + k, load(x + k));
-    return row;
-}
-
-#ifdef EMBEDQ_BFLOAT16
-inline const uint32_t* as_units(BFloat16, const EmbedqLinear&, const bfloat16* x, uint32_t*, LeftOperand, long) {
-    return reinterpret_cast<const uint32_t*>(x);
-}
-
-inline const uint32_t* as_units(BFloat16, const EmbedqLinear& linear, const float* x, uint32_t* row, LeftOperand, long) {
-    auto* to = reinterpret_cast<bfloat16*>(row);
-    for (long k = 0; k < linear.in_features; k += 16) store(to + k, load(x + k));
-    return row;
-}
-#endif
 
 #ifdef EMBEDQ_INT8
 // byte = round(x / scale) + zero with scale and zero such that the row's range, which always holds 0, fills 0..255.
