@@ -12,6 +12,30 @@ local function seconds(field, default)
   return math.max(-1, math.min(MAX_TTL, math.floor(value)))
 end
 
+-- Now in seconds, by the server's clock: those of the hosts may differ.
+local function clock()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) + tonumber(time[2]) / 1000000
+end
+
+-- Now by the server's clock as RQ writes a time, `2026-01-31T23:59:59.123456Z`. Days to a date as in Howard Hinnant's
+-- `civil_from_days`; Redis' Lua has no os.date.
+local function timestamp()
+  local time = redis.call('TIME')
+  local second = tonumber(time[1])
+  local day, rest = math.floor(second / 86400), second % 86400
+  local z = day + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, doy - math.floor((153 * mp + 2) / 5) + 1,
+    math.floor(rest / 3600), math.floor(rest % 3600 / 60), rest % 60, tonumber(time[2]))
+end
+
 local function wip_key(prefix, queue)
   return prefix .. ':wip:' .. queue
 end

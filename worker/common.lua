@@ -1,10 +1,5 @@
 -- Put before each of the worker's scripts, behind the client's common.lua: what they share.
 
-local function clock()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) + tonumber(time[2]) / 1000000
-end
-
 -- Whether this execution still holds its job: nobody canceled it, and its lease was not given to another.
 local function holds(prefix, queue, id, execution)
   return redis.call('ZSCORE', wip_key(prefix, queue), id .. ':' .. execution)
