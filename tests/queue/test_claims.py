@@ -100,7 +100,7 @@ def test_a_hash_without_data_is_claimed_so_that_it_can_fail(queue: EmbedQueue, s
 def test_nothing_is_claimed_while_rq_is_suspended(queue: EmbedQueue, store: ClaimStore) -> None:
     queue.enqueue("text")
     queue._redis.set(keys.SUSPENDED, 1)
-    assert store.claim(["embed"], 10, MANY).suspended
+    assert store.claim(["embed"], 10, MANY).state == "suspended"
     assert queue.depth() == 1
 
 
