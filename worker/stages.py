@@ -32,8 +32,6 @@ T = TypeVar("T")
 RETRY_S = 0.5
 #: The failure's code of a job that is another's by now, or canceled: nobody is told.
 LOST = "lost"
-#: Texts with one vector and texts with one a token never share a micro-batch.
-KINDS = {"sentence": 0, "tokens": 1}
 
 
 class WorkerStages:
@@ -79,8 +77,7 @@ class WorkerStages:
         return works, failed
 
     def ready_job(self, work: Work) -> ReadyJob:
-        rank = self._ranks.get(work.tag.queue, 0)
-        return ReadyJob(work.pieces, work.lengths, KINDS[work.output], rank)
+        return work.ready(self._ranks.get(work.tag.queue, 0))
 
     def encode(self, batch: Sequence[Piece]) -> list[Work]:
         """Jobs that were canceled or taken over are encoded no further."""
