@@ -43,14 +43,15 @@ class WorkerStages:
         store: ClaimStore,
         leases: LeaseKeeper,
         budget: ClaimBudget,
-        queues: Sequence[str],
+        ranked_queues: Sequence[str],
         do_sequels: Callable[[str, list[str]], None],
     ) -> None:
+        """ranked_queues: the most urgent first; the others count as urgent as the first of them."""
         self._engine = engine
         self._store = store
         self._leases = leases
         self._budget = budget
-        self._ranks = {queue: rank for rank, queue in enumerate(queues)}
+        self._ranks = {queue: rank for rank, queue in enumerate(ranked_queues)}
         self._do_sequels = do_sequels
         self.num_finished = 0
         self.num_failed = 0
@@ -81,7 +82,8 @@ class WorkerStages:
 
     def encode(self, batch: Sequence[Piece]) -> list[Work]:
         """Jobs that were canceled or taken over are encoded no further."""
-        lost = [work for work in dict.fromkeys([work for work, _ in batch]) if self._leases.is_lost(work.tag)]
+        works = dict.fromkeys([work for work, _ in batch if work.failure is None])
+        lost = [work for work in works if self._leases.is_lost(work.tag)]
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
         return lost + self._engine.encode(batch)

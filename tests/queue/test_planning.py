@@ -112,6 +112,14 @@ def test_a_long_job_does_not_hold_up_short_ones() -> None:
     assert sum(len(batch) for batch in left) + len(first_two) == 1024 - 25 + 20
 
 
+def test_of_a_long_job_one_micro_batch_counts_as_claimed_ahead() -> None:
+    ready = ReadyTexts(max_batch_tokens=1000)
+    ready.add([ready_job(0, [100] * 50), ready_job(1, [100] * 5)])
+    assert (ready.num_tokens, ready.tokens_ahead) == (5500, 1500)
+    drained(ready)
+    assert ready.tokens_ahead == 0
+
+
 def test_a_long_job_keeps_its_share_under_a_stream_of_short_ones() -> None:
     ready = ReadyTexts(max_batch_tokens=1000)
     ready.add([ready_job(0, [40] * 1000)])
