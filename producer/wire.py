@@ -5,7 +5,9 @@ refused. Knows neither Redis nor keys. Every decoder raises WireError and nothin
 
 A request is RQ's `data` field: zlib of the JSON array [function, instance, args, kwargs]; the zlib layer is
 left out of small requests, which RQ reads too. A result is one safetensors file: the tensor `embeddings` (n, d), or
-of token output `token_embeddings` (sum of num_tokens, d), the texts' tokens one after the other.
+of token output `token_embeddings` (sum of num_tokens, d), the texts' tokens one after the other. Its metadata are the
+fields of `Embeddings` by name, those that are not text as JSON; `timings` is an array in the order of `Timings`, and
+what is not there has its default.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ TENSOR_NAMES = {"sentence": "embeddings", "tokens": "token_embeddings"}
 #: What safetensors calls the number types of results, by numpy's own little-endian names.
 _DTYPES = {"<f4": "F32", "<f2": "F16", "|i1": "I8", "|u1": "U8"}
 
+#: The order of `timings` in a result's metadata: an array, because names would be a third of a float16 result's header.
+_TIMINGS = tuple(Timings.__dataclass_fields__)
 #: Left out of a result's metadata where they say what they say by default: every byte is there for every job.
 _DEFAULTS = {"output": "sentence", "calibration": ""}
 
@@ -116,9 +120,10 @@ def encode_result(result: Embeddings) -> bytes:
         "revision": result.revision,
         "worker": result.worker,
         "num_tokens": orjson.dumps(result.num_tokens).decode(),
-        "truncated": orjson.dumps(result.truncated).decode(),
-        "timings": orjson.dumps(result.timings).decode(),
+        "timings": orjson.dumps([getattr(result.timings, name) for name in _TIMINGS]).decode(),
     }
+    if any(result.truncated):
+        metadata["truncated"] = orjson.dumps(result.truncated).decode()
     metadata |= {name: value for name, default in _DEFAULTS.items() if (value := getattr(result, name)) != default}
     tensor = {"dtype": _DTYPES[vectors.dtype.str], "shape": vectors.shape, "data_offsets": (0, vectors.nbytes)}
     header = orjson.dumps({"__metadata__": metadata, TENSOR_NAMES[result.output]: tensor})
@@ -139,12 +144,14 @@ def decode_result(blob: bytes) -> Embeddings:
         vectors = tensors[TENSOR_NAMES[output]]
         result = Embeddings(
             vectors=vectors,
-            num_tokens=tuple(orjson.loads(metadata["num_tokens"])),
-            truncated=tuple(orjson.loads(metadata["truncated"])),
+            num_tokens=(num_tokens := tuple(orjson.loads(metadata["num_tokens"]))),
+            truncated=tuple(orjson.loads(metadata["truncated"]))
+            if "truncated" in metadata
+            else (False,) * len(num_tokens),
             model=metadata["model"],
             revision=metadata["revision"],
             worker=metadata["worker"],
-            timings=Timings(**orjson.loads(metadata["timings"])),
+            timings=Timings(**dict(zip(_TIMINGS, orjson.loads(metadata["timings"]), strict=True))),
             output=output,
             calibration=metadata.get("calibration", _DEFAULTS["calibration"]),
         )

@@ -7,7 +7,6 @@ Every method raises redis-py's errors; redis-py may send each call again after a
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -39,9 +38,6 @@ class Claim:
     data: bytes
     #: seconds from enqueueing to the claim, by the server's clock
     queued_s: float
-    #: when it was claimed: by the server's clock, and by this process' monotonic one
-    claimed_at: float
-    claimed_monotonic: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +121,8 @@ class ClaimStore:
         )
         # Only now: a call that raised may have claimed, and is told again under the same nonce.
         self._nonce = _fresh_nonce()
-        claimed_at, claimed_monotonic = float(reply[0]), time.monotonic()
-        claims = [_read_claim(fields, claimed_at, claimed_monotonic) for fields in reply[2:]]
-        return Claimed(claims, state=reply[1].decode())
+        claimed_at = float(reply[0])
+        return Claimed([_read_claim(fields, claimed_at) for fields in reply[2:]], state=reply[1].decode())
 
     def publish(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Those after which RQ has something to do; the rest needs nothing more. One round trip."""
@@ -139,7 +134,6 @@ class ClaimStore:
                 staged.append(outcome)
                 payload = b""
             args += (outcome.kind, claim.queue, claim.job_id, claim.execution_id, payload, outcome.working_s)
-            args.append(claim.claimed_at)
         replies = self._finish_staged(staged, args) if staged else self._finish(keys=[], args=args)
         return [outcome for outcome, reply in zip(outcomes, replies, strict=True) if reply == 2]
 
@@ -166,14 +160,11 @@ class ClaimStore:
             return list(pipeline.execute()[len(names)])
 
     def _entry(self, outcome: Outcome) -> list[Any]:
-        """A result stream's entry as RQ writes it: name, value, ..."""
-        claim = outcome.claim
+        """A result stream's entry as finish.lua writes it: name, value, ..."""
         kind, name = (1, "return_value") if outcome.kind == "finished" else (2, "exc_string")
-        ended_at = claim.claimed_at + time.monotonic() - claim.claimed_monotonic
         return [
             *("type", kind, "worker_name", self.worker_name, name, outcome.payload),
-            *("execution_id", claim.execution_id),
-            *("execution_started_at", claim.claimed_at, "execution_ended_at", ended_at),
+            *("execution_id", outcome.claim.execution_id),
         ]
 
     def release(self, claims: Sequence[Claim]) -> int:
@@ -201,15 +192,13 @@ class ClaimStore:
 
 
 def _fresh_nonce() -> str:
-    return os.urandom(12).hex()
+    return os.urandom(6).hex()
 
 
-def _read_claim(fields: Sequence[Any], claimed_at: float, claimed_monotonic: float) -> Claim:
+def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:
     queue, job_id, execution_id, data, enqueued_at = fields
     waited_s = _seconds_since(enqueued_at, claimed_at)
-    return Claim(
-        queue.decode(), job_id.decode(), execution_id.decode(), data or b"", waited_s, claimed_at, claimed_monotonic
-    )
+    return Claim(queue.decode(), job_id.decode(), execution_id.decode(), data or b"", waited_s)
 
 
 def _seconds_since(moment: bytes, now: float) -> float:

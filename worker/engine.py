@@ -395,8 +395,8 @@ def _grouped(options: Sequence[EmbedOptions]) -> Iterator[list[int]]:
 
 
 def _rounded(seconds: float) -> float:
-    """To microseconds: a clock's further digits would only be bytes in every result."""
-    return round(seconds, 6)
+    """To hundredths of milliseconds: a clock's further digits would only be bytes in every result."""
+    return round(seconds, 5)
 
 
 def _finite_rows(vectors: NDArray[np.float32]) -> NDArray[np.bool_] | None:

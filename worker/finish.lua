@@ -12,25 +12,24 @@
 --   +4  base64 of the result, or of the compressed reason; empty: the stream with the entry is staged already, under
 --       the name of the job's own, a colon and the execution id
 --   +5  seconds of work
---   +6  when the execution began, in seconds
 --
 -- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, now or by the same call before, and RQ
 -- has something to do after it. Staged streams that were not used stay where they are.
 
-local FIELDS = 7
+local FIELDS = 6
 local ENTRIES = {finished = {1, 'return_value'}, failed = {2, 'exc_string'}}
 
 local prefix, worker = ARGV[1], ARGV[2]
 local result_ttl, failure_ttl = tonumber(ARGV[3]), tonumber(ARGV[4])
 local now, now_s = timestamp(), clock()
-local second = string.format('%.6f', now_s)
 local replies, failures, work_s = {}, 0, 0
 local ended = {finished = {}, failed = {}} -- by queue: score, id, score, id, ...
 local held, pairs_by_queue, execution_keys, all_pairs = {}, {}, {}, {}
 local some_have_dependents = false
 
--- Puts the job's entry into its result stream.
-local function write_result(status, id, execution, payload, began)
+-- Puts the job's entry into its result stream. Without the times that RQ may write there: they stand in the job's hash,
+-- and here they would take a result of float16 vectors into the server's next size of blocks.
+local function write_result(status, id, execution, payload)
   local stream = prefix .. ':results:' .. id
   if payload == '' then
     -- A stream is there already if the job failed before and was requeued.
@@ -40,8 +39,7 @@ local function write_result(status, id, execution, payload, began)
     end
   else
     local kind = ENTRIES[status]
-    append_result(stream, {'type', kind[1], 'worker_name', worker, kind[2], payload, 'execution_id', execution,
-      'execution_started_at', began, 'execution_ended_at', second})
+    append_result(stream, {'type', kind[1], 'worker_name', worker, kind[2], payload, 'execution_id', execution})
   end
 end
 
@@ -71,7 +69,7 @@ local function publish(i)
   if ttl == 0 then
     delete_job(prefix, id)
   else
-    write_result(status, id, execution, ARGV[i + 4], ARGV[i + 6])
+    write_result(status, id, execution, ARGV[i + 4])
     close_job(prefix, id, job, status, ttl, now)
     local registry = ended[status]
     registry[queue] = registry[queue] or {}

@@ -442,4 +442,3 @@ def test_waiting_is_told_by_the_servers_clock(queue: EmbedQueue, store: ClaimSto
     [found] = claim(store)
     seconds, _ = queue._redis.time()
     assert found.queued_s == pytest.approx(seconds - 1577836800, abs=2)
-    assert found.claimed_at == pytest.approx(seconds, abs=2)

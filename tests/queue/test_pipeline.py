@@ -22,7 +22,7 @@ from tests.conftest import until
 
 def claim(name: str, text: str = "one two three") -> Claim:
     """A text of five tokens."""
-    return Claim("embed", name, "e", text.encode(), 0.0, 0.0, 0.0)
+    return Claim("embed", name, "e", text.encode(), 0.0)
 
 
 class Recorder:

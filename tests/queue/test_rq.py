@@ -106,7 +106,7 @@ def test_rq_fetches_our_job_and_its_return_value(queue: EmbedQueue, drain: Drain
     assert seen.ended_at is not None
     result = seen.latest_result()
     assert result is not None
-    assert result.execution_started_at is not None
+    assert result.execution_id is not None
     assert result.worker_name == value.worker
 
 
