@@ -145,7 +145,7 @@ class EmbedWorker(SimpleWorker):
         # Where the queues take turns, none is more urgent than another.
         ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
         self.stages = WorkerStages(self.engine, self.store, self.leases, self.budget, ranked, self._do_sequels)
-        self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self.waiter.wake)
+        self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self._end_claiming)
 
     def _bounds(self) -> Bounds:
         settings = self.settings
@@ -401,13 +401,17 @@ class EmbedWorker(SimpleWorker):
 
     # --- signals
 
+    def _end_claiming(self) -> None:
+        """Whatever the claiming thread waits for, and as soon as it can."""
+        self._stop_requested = True
+        self.waiter.wake()
+
     def request_stop(self, signum: int, frame: Any) -> None:  # noqa: ARG002
         """First signal: finish the micro-batch on the device, give the rest back, exit. A second one: at once."""
         asked_at = time.monotonic()
         if self._stop_asked_at is None:
             self._stop_asked_at = asked_at
-            self._stop_requested = True
-            self.waiter.wake()
+            self._end_claiming()
             self.pipeline.ask_to_stop()
             self._grace_timer = threading.Timer(self.settings.grace_s, self._end_of_grace)
             self._grace_timer.daemon = True
