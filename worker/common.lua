@@ -17,11 +17,11 @@ local function put_back(prefix, queue, id, push)
   redis.call(push, prefix .. ':queue:' .. queue, id)
 end
 
--- One more attempt for a job that has retries left: at the tail of its queue ('queued'), or, where RQ's Retry asked
--- for an interval, later ('scheduled'). False if none is left.
+-- One more attempt for a job that has retries left: at the tail of its queue, or the head ('queued'), or later
+-- ('scheduled'), as RQ's Retry asked for. False if none is left.
 local function try_again(prefix, queue, id)
   local key = prefix .. ':job:' .. id
-  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals')
+  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry')
   local left = tonumber(fields[1] or '') or 0
   if left < 1 then
     return false
@@ -31,12 +31,13 @@ local function try_again(prefix, queue, id)
   if readable and type(intervals) == 'table' and #intervals > 0 then
     local interval = seconds(intervals[math.max(#intervals - left, 0) + 1], 0)
     if interval > 0 then
-      redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
+      -- `ended_at` tells RQ, and promote.lua, that it was tried before.
+      redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '', 'ended_at', timestamp())
       redis.call('ZADD', prefix .. ':scheduled:' .. queue, math.floor(clock()) + interval, id)
       return 'scheduled'
     end
   end
-  put_back(prefix, queue, id, 'RPUSH')
+  put_back(prefix, queue, id, fields[3] == '1' and 'LPUSH' or 'RPUSH')
   return 'queued'
 end
 
@@ -44,9 +45,17 @@ local function has_rate_limit(prefix, id)
   return redis.call('HEXISTS', prefix .. ':job:' .. id, 'rate_limit_key') == 1
 end
 
--- Whether RQ has something to do after this job's end: other jobs depend on it, or it holds a slot of a rate limit.
+-- Whether something follows this job's end: other jobs depend on it, it holds a slot of a rate limit, repeats, or names
+-- a callback. RQ writes empty fields for callbacks that there are not.
 local function has_sequel(prefix, id)
-  return redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents') == 1 or has_rate_limit(prefix, id)
+  local fields = redis.call('HMGET', prefix .. ':job:' .. id, 'rate_limit_key', 'repeats_left', 'success_callback_name',
+    'failure_callback_name', 'stopped_callback_name')
+  for _, field in ipairs({1, 2, 3, 4, 5}) do
+    if fields[field] and fields[field] ~= '' then
+      return true
+    end
+  end
+  return redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents') == 1
 end
 
 -- Ends a job as finished or failed: status, registry, result stream, times to live. fields: the stream entry's.

@@ -1,5 +1,4 @@
 -- Takes back the jobs of one queue whose lease has run out: another attempt while retries are left, else failed.
--- Jobs with a failure callback or webhooks are left to RQ's own clean-up: nothing that a job names is run here.
 --
 -- KEYS[1]  the queue's started registry
 -- ARGV[1]  RQ's key prefix
@@ -14,18 +13,11 @@
 local prefix, queue, now, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[6])
 local replies, left_alone, taken = {0, 0}, 0, 0
 
-local function is_set(field)
-  return field and field ~= ''
-end
-
 local function recover(id, execution)
   local key = prefix .. ':job:' .. id
-  local fields = redis.pcall('HMGET', key, 'status', 'failure_callback_name', 'webhooks', 'failure_ttl')
+  local fields = redis.pcall('HMGET', key, 'status', 'failure_ttl')
   if fields.err then
     fields = {}
-  end
-  if fields[1] == 'started' and (is_set(fields[2]) or is_set(fields[3])) then
-    return false
   end
   local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
   if fields[1] == 'started' then
@@ -37,7 +29,7 @@ local function recover(id, execution)
       end
     else
       local entry = {'type', 2, 'worker_name', worker, 'exc_string', ARGV[5]}
-      close_job(prefix, queue, id, 'failed', seconds(fields[4], tonumber(ARGV[4])), now, entry)
+      close_job(prefix, queue, id, 'failed', seconds(fields[2], tonumber(ARGV[4])), now, entry)
       replies[2] = replies[2] + 1
       if has_sequel(prefix, id) then
         replies[#replies + 1] = id
@@ -45,7 +37,6 @@ local function recover(id, execution)
     end
   end
   end_execution(prefix, queue, id, execution, worker)
-  return true
 end
 
 local cutoff = clock()
@@ -56,7 +47,8 @@ while taken < limit do
   end
   for _, pair in ipairs(pairs_here) do
     local id, execution = string.match(pair, '^([^:]*):(.*)$')
-    if id and recover(id, execution) then
+    if id then
+      recover(id, execution)
       taken = taken + 1
     else
       left_alone = left_alone + 1

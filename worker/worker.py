@@ -21,10 +21,9 @@ from typing import Any, TypeVar
 import redis
 from rq import worker_registration
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
-from rq.exceptions import NoSuchJobError, StopRequested
-from rq.job import Job
+from rq.exceptions import StopRequested
 from rq.logutils import setup_loghandlers
-from rq.rate_limit import RateLimitRegistry, release_slot
+from rq.rate_limit import RateLimitRegistry
 from rq.utils import now
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
@@ -32,12 +31,16 @@ from embedq.producer import wire
 from embedq.producer.connection import is_passing
 from embedq.producer.errors import ConfigurationError, JobFailedError, WireError
 from embedq.producer.serializer import EmbedSerializer
-from embedq.producer.status import JobStatus
+from embedq.worker.callbacks import CallbackThread
 from embedq.worker.claims import Claim, ClaimStore, Outcome
+from embedq.worker.commands import CommandHandler, survive
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine, Work
+from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.planning import ClaimBudget
+from embedq.worker.promotion import Promoter
+from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.waiting import QueueWaiter
 
@@ -78,6 +81,9 @@ class EmbedWorker(SimpleWorker):
     budget: ClaimBudget
     store: ClaimStore
     leases: LeaseKeeper
+    callbacks: CallbackThread
+    sequels: Sequels
+    commands: CommandHandler
     waiter: QueueWaiter
 
     def __init__(self, queues: Any, *args: Any, settings: WorkerSettings | None = None, **kwargs: Any) -> None:
@@ -113,6 +119,7 @@ class EmbedWorker(SimpleWorker):
                 on_exit.callback(self._stop_scheduler)
             self._prepare()
             on_exit.callback(self.waiter.close)
+            self.callbacks.start()
             if not logging.getLogger("embedq").hasHandlers():
                 # `rq worker` sets up RQ's loggers alone.
                 setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
@@ -124,15 +131,24 @@ class EmbedWorker(SimpleWorker):
             return self._work(burst, max_jobs, max_idle_time) > 0
 
     def _prepare(self) -> None:
+        self.callbacks = CallbackThread(self.settings.allow_callbacks)
         self.engine = Engine(load_encoder(self.settings), self.settings.max_batch_tokens, self.name)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
         self.store = ClaimStore(self.connection, self.name, self.settings.lease_s)
+        self.sequels = Sequels(self.connection, self.callbacks)
         self.leases = LeaseKeeper(
             self.store,
             self.queue_names(),
             self.worker_ttl + 60,
-            on_abandoned=self._do_sequels,
+            on_abandoned=self.sequels.follow_all,
             on_forgotten=self._register_again,
+            on_tick=Promoter(self.connection, self.queue_names()).round,
+        )
+        interruptions = Interruptions(self.connection, self.name, self.leases, self.sequels)
+        self.commands = CommandHandler(
+            on_shutdown=lambda: os.kill(os.getpid(), signal.SIGINT),
+            on_stop=interruptions.stop,
+            on_cancel=interruptions.cancel,
         )
         self.waiter = QueueWaiter(self.connection, self.queue_keys())
 
@@ -164,6 +180,7 @@ class EmbedWorker(SimpleWorker):
         try:
             self._release_held()
             self.leases.stop()
+            self.callbacks.close(self._grace_left())
             if self.birth_date is not None:
                 self.teardown()
         except redis.RedisError as err:
@@ -282,7 +299,7 @@ class EmbedWorker(SimpleWorker):
         self.successful_job_count += sum(outcome.kind == "finished" for outcome in outcomes)
         for outcome in with_sequel:
             claim = outcome.claim
-            self._until_served(functools.partial(self._do_sequels, claim.queue, [claim.job_id]), "what follows a job")
+            self._until_served(functools.partial(self.sequels.follow, claim.queue, claim.job_id), "what follows a job")
 
     def _until_served(self, action: Callable[[], T], what: str) -> T:
         """Calls until Redis serves, for the time of a lease; then raises redis-py's error."""
@@ -326,33 +343,6 @@ class EmbedWorker(SimpleWorker):
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
         self.leases.drop(held)
 
-    def _do_sequels(self, queue_name: str, job_ids: Sequence[str]) -> None:
-        """RQ's own steps after a job's end: dependents onto their queues, the slot of a rate limit freed.
-
-        Each may be done twice. A job that RQ cannot read must not end the worker.
-        """
-        queue = self.queue_class(queue_name, connection=self.connection, serializer=self.serializer)
-        for job_id in job_ids:
-            with self._errors_logged(f"what follows job {job_id}"):
-                job = Job.fetch(job_id, connection=self.connection, serializer=self.serializer)
-                if job.get_status(refresh=False) in (JobStatus.FINISHED.value, JobStatus.FAILED.value):
-                    with self._errors_logged(f"the dependents of job {job_id}"):
-                        queue.enqueue_dependents(job)
-                release_slot(job)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _errors_logged(what: str) -> Iterator[None]:
-        """For RQ's code over data that anybody may have written: only a Redis that cannot serve is an error of ours."""
-        try:
-            yield
-        except NoSuchJobError:
-            return
-        except Exception as err:
-            if isinstance(err, redis.RedisError) and is_passing(err):
-                raise
-            logger.exception("%s could not be done", what)
-
     # --- being idle, being an RQ worker
 
     def _look_after_queues(self, burst: bool) -> None:
@@ -362,7 +352,7 @@ class EmbedWorker(SimpleWorker):
             self._maintain()
 
     def _maintain(self) -> None:
-        with self._errors_logged("maintenance"):
+        with errors_logged("maintenance"):
             self.run_maintenance_tasks()
         self.last_cleaned_at = now()  # type: ignore[assignment]
 
@@ -421,9 +411,10 @@ class EmbedWorker(SimpleWorker):
         """As RQ's, with a thread that ends in a quarter of a second instead of a whole one."""
         pubsub = self.pubsub = self.connection.pubsub()
         pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
-        self.pubsub_thread: Any = pubsub.run_in_thread(
-            sleep_time=0.25, daemon=True, exception_handler=self._pubsub_exception_handler
-        )
+        self.pubsub_thread: Any = pubsub.run_in_thread(sleep_time=0.25, daemon=True, exception_handler=survive)
+
+    def handle_payload(self, message: Any) -> None:
+        self.commands.handle(message)
 
     # --- signals
 
@@ -439,6 +430,11 @@ class EmbedWorker(SimpleWorker):
             self._grace_timer.start()
         elif asked_at - self._stop_asked_at > SAME_SIGNAL_S:
             raise SystemExit(128 + signum)
+
+    def _grace_left(self) -> float:
+        """Seconds; all of it where no signal came."""
+        passed_s = 0.0 if self._stop_asked_at is None else time.monotonic() - self._stop_asked_at
+        return max(0.0, self.settings.grace_s - passed_s)
 
     def _end_of_grace(self) -> None:
         """The micro-batch outlasts the grace: give everything back, but wait no longer for that either."""

@@ -1,0 +1,114 @@
+"""What follows a job's end: dependents onto their queues, its repetition, the slot of a rate limit, its callbacks.
+
+RQ does this inside a job's execution; here it comes right after the commit, for the few jobs that the scripts report as
+having a sequel. Knows RQ's jobs; callbacks run elsewhere (`callbacks`), webhooks never: they would let whoever enqueues
+send requests from inside the worker's network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import redis
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
+from rq.queue import Queue
+from rq.rate_limit import release_slot
+
+from embedq.producer import keys, scripts
+from embedq.producer.connection import is_passing
+from embedq.producer.errors import JobFailedError
+from embedq.producer.serializer import EmbedSerializer
+from embedq.producer.status import JobStatus
+from embedq.worker.callbacks import Call, CallbackThread
+
+logger = logging.getLogger("embedq.worker")
+
+_ENDED_FOR_DEPENDENTS = (JobStatus.FINISHED.value, JobStatus.FAILED.value)
+
+
+class Sequels:
+    """Does what follows. Raises redis-py's error where Redis cannot serve; then the same call may be made again.
+
+    Each step may be done twice, except callbacks: they come last, once a call. A worker that dies between a job's end
+    and this leaves it undone.
+    """
+
+    def __init__(self, client: redis.Redis, callbacks: CallbackThread) -> None:
+        self._client = client
+        self._callbacks = callbacks
+        package = __package__ or "embedq.worker"
+        prelude = scripts.source("embedq.producer", "common")
+        self._repeat = scripts.load(client, package, "repeat", prelude)
+
+    def follow(self, queue_name: str, job_id: str) -> None:
+        """For one job that has ended, or whose next attempt is scheduled. What RQ cannot read is logged."""
+        with errors_logged(f"what follows job {job_id}"):
+            job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
+            status = job.get_status(refresh=False)
+            if status in _ENDED_FOR_DEPENDENTS:
+                with errors_logged(f"the dependents of job {job_id}"):
+                    Queue(queue_name, connection=self._client, serializer=EmbedSerializer).enqueue_dependents(job)
+            # One that repeats at once keeps its slot, as RQ has it.
+            if not (status == JobStatus.FINISHED.value and job.repeats_left and self._repeats_now(queue_name, job_id)):
+                release_slot(job)
+            if call := _callback(job):
+                self._callbacks.submit(call)
+
+    def follow_all(self, queue_name: str, job_ids: Sequence[str]) -> None:
+        for job_id in job_ids:
+            self.follow(queue_name, job_id)
+
+    def _repeats_now(self, queue_name: str, job_id: str) -> bool:
+        outcome = self._repeat(
+            keys=[keys.job(job_id), keys.QUEUES, keys.scheduled(queue_name), keys.finished(queue_name)],
+            args=[job_id, keys.queue(queue_name)],
+        )
+        return bool(outcome == b"queued")
+
+
+@contextlib.contextmanager
+def errors_logged(what: str) -> Iterator[None]:
+    """For RQ's code over data that anybody may have written: only a Redis that cannot serve is an error of ours."""
+    try:
+        yield
+    except NoSuchJobError:
+        return
+    except Exception as err:
+        if isinstance(err, redis.RedisError) and is_passing(err):
+            raise
+        logger.exception("%s could not be done", what)
+
+
+def _callback(job: Job) -> Call | None:
+    """The callback that this job's state calls for, with RQ's arguments for it. Only the name is looked at."""
+    status = job.get_status(refresh=False)
+    arguments: Callable[[Job], tuple[Any, ...]]
+    if status == JobStatus.FINISHED.value:
+        name, timeout_s, arguments = job._success_callback_name, job.success_callback_timeout, _success_arguments
+    elif status == JobStatus.FAILED.value:
+        name, timeout_s, arguments = job._failure_callback_name, job.failure_callback_timeout, _failure_arguments
+    elif status == JobStatus.STOPPED.value:
+        name, timeout_s, arguments = job._stopped_callback_name, job.stopped_callback_timeout, _stopped_arguments
+    else:
+        return None
+    return Call(name, job.id, functools.partial(arguments, job), timeout_s) if name else None
+
+
+def _success_arguments(job: Job) -> tuple[Any, ...]:
+    return job, job.connection, job.return_value()
+
+
+def _failure_arguments(job: Job) -> tuple[Any, ...]:
+    """An error as RQ has it in hand, but for the traceback: what is known of it stands in Redis."""
+    result = job.latest_result()
+    failure = JobFailedError.parse(result.exc_string if result and result.exc_string else "")
+    return job, job.connection, type(failure), failure, None
+
+
+def _stopped_arguments(job: Job) -> tuple[Any, ...]:
+    return job, job.connection
