@@ -16,20 +16,20 @@ local now = clock()
 local moved, struck_off, next_due = 0, 0, false
 local rate_limits, is_listed = {}, {}
 
--- Waits for a slot, as RQ's Queue._enqueue_rate_limited_job has it.
-local function await_slot(key, id, rate_limit, concurrency)
+-- Waits for a slot, as RQ's Queue._enqueue_rate_limited_job has it, but since it was due: those of one second in order.
+local function await_slot(key, id, due_at, rate_limit, concurrency)
   local limit_key = prefix .. ':rl:' .. rate_limit
   redis.call('SADD', KEYS[2], rate_limit)
   redis.call('HSET', limit_key, 'concurrency', concurrency)
   redis.call('HSET', key, 'status', 'rate_limited')
-  redis.call('ZADD', limit_key .. ':rate_limited', math.floor(now), id)
+  redis.call('ZADD', limit_key .. ':rate_limited', due_at, id)
   if not is_listed[rate_limit] then
     is_listed[rate_limit] = true
     rate_limits[#rate_limits + 1] = rate_limit
   end
 end
 
-local function promote(queue, id)
+local function promote(queue, id, due_at)
   local key = prefix .. ':job:' .. id
   local fields = redis.pcall('HMGET', key, 'status', 'enqueue_at_front', 'enqueue_at_front_on_retry', 'ended_at', 'ttl',
     'rate_limit_key', 'rate_limit_concurrency')
@@ -45,7 +45,7 @@ local function promote(queue, id)
   moved = moved + 1
   local concurrency = tonumber(fields[7] or '')
   if fields[6] and fields[6] ~= '' and concurrency then
-    await_slot(key, id, fields[6], concurrency)
+    await_slot(key, id, due_at, fields[6], concurrency)
     return
   end
   local at_front = fields[2] == '1' or fields[3] == '1' and (fields[4] or '') ~= ''
@@ -56,10 +56,10 @@ end
 
 for i = 3, #KEYS do
   local left = limit - moved - struck_off
-  local due = left > 0 and redis.call('ZRANGEBYSCORE', KEYS[i], '-inf', now, 'LIMIT', 0, left) or {}
-  for _, id in ipairs(due) do
-    promote(ARGV[i], id)
-    redis.call('ZREM', KEYS[i], id)
+  local due = left > 0 and redis.call('ZRANGEBYSCORE', KEYS[i], '-inf', now, 'WITHSCORES', 'LIMIT', 0, left) or {}
+  for j = 1, #due, 2 do
+    promote(ARGV[i], due[j], due[j + 1])
+    redis.call('ZREM', KEYS[i], due[j])
   end
   local head = redis.call('ZRANGE', KEYS[i], 0, 0, 'WITHSCORES')
   if #head > 0 then
