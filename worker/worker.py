@@ -384,7 +384,9 @@ class EmbedWorker(SimpleWorker):
             time.sleep(min(0.1, left))
 
     def serialize(self) -> dict[str, Any]:
-        """RQ's fields of the worker's hash, and what `embedq info` shows beside them."""
+        """RQ's fields of the worker's hash, and what `embedq info` shows beside them once the model is loaded."""
+        if not hasattr(self, "engine"):
+            return super().serialize()
         encoder = self.engine.encoder
         return {
             **super().serialize(),
