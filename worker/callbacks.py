@@ -1,8 +1,7 @@
-"""Functions that a job names and that the operator allows: what RQ calls a job's callbacks.
+"""Other people's functions: what jobs name and the operator allows (RQ's callbacks), and RQ's exception handlers.
 
 They run one after another on a thread of their own, never on one that a job waits for. A name that is not on the list
-is neither called nor imported. Knows functions, names and time limits; which callback a job's end calls for is in
-`sequels`.
+is neither called nor imported. Knows functions, names and time limits; what a job's end calls for is in `sequels`.
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ PATIENCE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One callback that is due."""
+    """One function that is due."""
 
-    name: str
-    job_id: str
+    function: Callable[..., object]
+    #: for the log: the callback app.hooks.done of job 1234
+    what: str
     #: made when its turn comes: a result is fetched no earlier
     arguments: Callable[[], tuple[Any, ...]]
     #: RQ's time limit; 0: none
@@ -47,9 +47,9 @@ class CallbackOverranError(Exception):
 
 
 class CallbackThread:
-    """Runs the callbacks on its list. Raises ConfigurationError for a name that is no function.
+    """Runs what is submitted, from any thread. Raises ConfigurationError for a name on its list that is no function.
 
-    `submit` may be called from any thread. A call that fails, overruns or finds no room is logged, and is not repeated.
+    A call that fails, overruns or finds no room is logged, and is not repeated.
     """
 
     def __init__(self, allowed: Iterable[str]) -> None:
@@ -66,22 +66,24 @@ class CallbackThread:
         return dict(self._refused)
 
     def start(self) -> None:
-        """Without a list there is nothing to run, and no thread."""
-        if self._functions:
-            self._thread.start()
+        self._thread.start()
+
+    def allowed(self, name: str) -> Callable[..., object] | None:
+        """The function of that name, if it is on the list; others are counted, and each is logged once."""
+        function = self._functions.get(name)
+        if function is None:
+            self._refuse(name)
+        return function
 
     def submit(self, call: Call) -> None:
         """Puts a call at the end of the queue; waits at most PATIENCE_S for room, and not again while there is none."""
-        if call.name not in self._functions:
-            self._refuse(call)
-            return
         try:
             self._calls.put(call, timeout=0 if self._is_jammed else PATIENCE_S)
             self._is_jammed = False
         except queue.Full:
             self._is_jammed = True
             self.num_dropped += 1
-            logger.error("the callback %s of job %s is not called: too many wait already", call.name, call.job_id)
+            logger.error("%s is not called: too many wait already", call.what)
 
     def close(self, timeout_s: float) -> None:
         """Ends the thread once the calls that wait are done, or leaves them undone after `timeout_s`."""
@@ -96,26 +98,24 @@ class CallbackThread:
         if self._thread.is_alive():
             logger.error("callbacks were not done in %.1f s; up to %d are left", timeout_s, self._calls.qsize() + 1)
 
-    def _refuse(self, call: Call) -> None:
-        """Anybody can make up names: no more of them are remembered than wait at most."""
-        if call.name not in self._refused:
+    def _refuse(self, name: str) -> None:
+        """Anybody can make up names: no more of them are remembered than calls wait at most."""
+        if name not in self._refused:
             if len(self._refused) == QUEUE_CALLS:
                 return
-            logger.warning(
-                "jobs name the callback %.100r, which --allow-callback does not allow: not called", call.name
-            )
-        self._refused[call.name] = self._refused.get(call.name, 0) + 1
+            logger.warning("the callback %.100r is not called: --allow-callback does not name it", name)
+        self._refused[name] = self._refused.get(name, 0) + 1
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
             try:
                 arguments = call.arguments()
-                with TimeLimit(call.timeout_s, f"the callback {call.name} of job {call.job_id}"):
-                    self._functions[call.name](*arguments)
+                with TimeLimit(call.timeout_s, call.what):
+                    call.function(*arguments)
             except CallbackOverranError:
                 continue  # logged when its time was over
             except (Exception, SystemExit):
-                logger.exception("the callback %s of job %s failed", call.name, call.job_id)
+                logger.exception("%s failed", call.what)
 
 
 class TimeLimit:

@@ -1,4 +1,4 @@
-"""What follows a job's end: dependents onto their queues, its repetition, the slot of a rate limit, its callbacks.
+"""What follows a job's end: dependents onto their queues, its repetition, the slot of a rate limit, callbacks.
 
 RQ does this inside a job's execution; here it comes right after the commit, for the few jobs that the scripts report as
 having a sequel. Knows RQ's jobs; callbacks run elsewhere (`callbacks`), webhooks never: they would let whoever enqueues
@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import redis
+from rq.defaults import CALLBACK_TIMEOUT
 from rq.exceptions import NoSuchJobError
 from rq.job import Job
+from rq.job_lifecycle import call_exception_handlers
 from rq.queue import Queue
 from rq.rate_limit import release_slot
 
-from embedq.producer import keys, scripts
+from embedq.producer import keys, scripts, wire
 from embedq.producer.connection import is_passing
 from embedq.producer.errors import JobFailedError
 from embedq.producer.serializer import EmbedSerializer
@@ -38,9 +40,12 @@ class Sequels:
     and this leaves it undone.
     """
 
-    def __init__(self, client: redis.Redis, callbacks: CallbackThread) -> None:
+    def __init__(
+        self, client: redis.Redis, callbacks: CallbackThread, exception_handlers: Sequence[Callable[..., Any]] = ()
+    ) -> None:
         self._client = client
         self._callbacks = callbacks
+        self._exception_handlers = exception_handlers
         package = __package__ or "embedq.worker"
         prelude = scripts.source("embedq.producer", "common")
         self._repeat = scripts.load(client, package, "repeat", prelude)
@@ -56,12 +61,28 @@ class Sequels:
             # One that repeats at once keeps its slot, as RQ has it.
             if not (status == JobStatus.FINISHED.value and job.repeats_left and self._repeats_now(queue_name, job_id)):
                 release_slot(job)
-            if call := _callback(job):
-                self._callbacks.submit(call)
+            self._call_back(job)
 
     def follow_all(self, queue_name: str, job_ids: Sequence[str]) -> None:
         for job_id in job_ids:
             self.follow(queue_name, job_id)
+
+    def report(self, job_id: str, reason: bytes) -> None:
+        """RQ's exception handlers, for each attempt that failed; `reason` as RQ stores it."""
+        if self._exception_handlers:
+            handlers = functools.partial(call_exception_handlers, self._exception_handlers)
+            arguments = functools.partial(self._report_arguments, job_id, reason)
+            self._callbacks.submit(Call(handlers, f"an exception handler of job {job_id}", arguments, CALLBACK_TIMEOUT))
+
+    def _report_arguments(self, job_id: str, reason: bytes) -> tuple[Any, ...]:
+        job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
+        return job, *_exc_info(wire.decode_exc_string(reason))
+
+    def _call_back(self, job: Job) -> None:
+        name, timeout_s, arguments = _callback(job)
+        if name and (function := self._callbacks.allowed(name)):
+            what = f"the callback {name} of job {job.id}"
+            self._callbacks.submit(Call(function, what, functools.partial(arguments, job), timeout_s))
 
     def _repeats_now(self, queue_name: str, job_id: str) -> bool:
         outcome = self._repeat(
@@ -84,19 +105,17 @@ def errors_logged(what: str) -> Iterator[None]:
         logger.exception("%s could not be done", what)
 
 
-def _callback(job: Job) -> Call | None:
-    """The callback that this job's state calls for, with RQ's arguments for it. Only the name is looked at."""
-    status = job.get_status(refresh=False)
-    arguments: Callable[[Job], tuple[Any, ...]]
-    if status == JobStatus.FINISHED.value:
-        name, timeout_s, arguments = job._success_callback_name, job.success_callback_timeout, _success_arguments
-    elif status == JobStatus.FAILED.value:
-        name, timeout_s, arguments = job._failure_callback_name, job.failure_callback_timeout, _failure_arguments
-    elif status == JobStatus.STOPPED.value:
-        name, timeout_s, arguments = job._stopped_callback_name, job.stopped_callback_timeout, _stopped_arguments
-    else:
-        return None
-    return Call(name, job.id, functools.partial(arguments, job), timeout_s) if name else None
+def _callback(job: Job) -> tuple[str | None, int, Callable[[Job], tuple[Any, ...]]]:
+    """The callback that this job's state calls for: name, time limit in seconds, RQ's arguments for it."""
+    match job.get_status(refresh=False):
+        case JobStatus.FINISHED.value:
+            return job._success_callback_name, job.success_callback_timeout, _success_arguments
+        case JobStatus.FAILED.value:
+            return job._failure_callback_name, job.failure_callback_timeout, _failure_arguments
+        case JobStatus.STOPPED.value:
+            return job._stopped_callback_name, job.stopped_callback_timeout, _stopped_arguments
+        case _:
+            return None, 0, _stopped_arguments
 
 
 def _success_arguments(job: Job) -> tuple[Any, ...]:
@@ -104,11 +123,15 @@ def _success_arguments(job: Job) -> tuple[Any, ...]:
 
 
 def _failure_arguments(job: Job) -> tuple[Any, ...]:
-    """An error as RQ has it in hand, but for the traceback: what is known of it stands in Redis."""
     result = job.latest_result()
-    failure = JobFailedError.parse(result.exc_string if result and result.exc_string else "")
-    return job, job.connection, type(failure), failure, None
+    exc_string = result.exc_string if result else None
+    return job, job.connection, *_exc_info(JobFailedError.parse(exc_string or ""))
 
 
 def _stopped_arguments(job: Job) -> tuple[Any, ...]:
     return job, job.connection
+
+
+def _exc_info(failure: Exception) -> tuple[type[Exception], Exception, None]:
+    """An error as RQ has it in hand, but for the traceback: what is known of it stands in Redis."""
+    return type(failure), failure, None

@@ -135,7 +135,7 @@ class EmbedWorker(SimpleWorker):
         self.engine = Engine(load_encoder(self.settings), self.settings.max_batch_tokens, self.name)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
         self.store = ClaimStore(self.connection, self.name, self.settings.lease_s)
-        self.sequels = Sequels(self.connection, self.callbacks)
+        self.sequels = Sequels(self.connection, self.callbacks, self._exc_handlers)
         self.leases = LeaseKeeper(
             self.store,
             self.queue_names(),
@@ -296,6 +296,9 @@ class EmbedWorker(SimpleWorker):
         self._tell_failures([outcome for outcome in outcomes if outcome.kind != "finished"])
         with_sequel = self._until_served(lambda: self.store.publish(outcomes), f"results of {len(outcomes)} jobs")
         self.leases.drop(outcome.claim for outcome in outcomes)
+        for outcome in outcomes:
+            if outcome.kind != "finished":
+                self.sequels.report(outcome.claim.job_id, outcome.payload)
         self.successful_job_count += sum(outcome.kind == "finished" for outcome in outcomes)
         for outcome in with_sequel:
             claim = outcome.claim

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,6 +341,40 @@ def test_cancelling_a_job_on_the_device_wakes_who_waits(
     job.cancel()
     with pytest.raises(JobCanceledError):
         job.result(timeout=20)
+
+
+def test_a_canceled_job_leaves_a_formed_batch_before_it_is_encoded(
+    each_url: str,
+    queue: EmbedQueue,
+    start: Start,  # noqa: F811
+    short_path: Path,
+) -> None:
+    """Long before its lease is renewed, which would tell as well."""
+    script = short_path / "slow.py"
+    script.write_text(
+        "import time\n"
+        "from embedq.model import NoopEncoder\n"
+        "from embedq.worker.cli import main\n"
+        "encode = NoopEncoder.encode_tokens\n"
+        "def slow(self, batch):\n"
+        "    print('encoding', [text.num_tokens for text in batch], flush=True)\n"
+        "    time.sleep(1)\n"
+        "    return encode(self, batch)\n"
+        "NoopEncoder.encode_tokens = slow\n"
+        "main()\n"
+    )
+    jobs = [queue.enqueue(" ".join(["word"] * number)) for number in (10, 20, 30)]
+    worker = start("--max-batch-tokens", "1", at=each_url, program=[sys.executable, str(script)])
+    until(lambda: "encoding" in worker.log.read_text())
+    [being_encoded] = [
+        job for job, tokens in zip(jobs, (12, 22, 32), strict=True) if str(tokens) in worker.log.read_text()
+    ]
+    canceled, kept = (job for job in jobs if job is not being_encoded)
+    assert canceled.cancel()
+    assert len(being_encoded.result()) == len(kept.result()) == 1
+    worker.send(signal.SIGTERM)
+    _, output = worker.ended()
+    assert output.count("encoding [") == 2
 
 
 def test_a_worker_works_on_after_nonsense_on_its_channel(

@@ -18,6 +18,7 @@ from embedq.worker import promotion
 from embedq.worker.claims import ClaimStore
 from embedq.worker.promotion import Promoted, Promoter
 from tests.conftest import Drain, until
+from tests.queue.test_rq import rq_command
 from tests.queue.test_worker import Start, idle_workers, start  # noqa: F401
 
 EMBED = "embedq.worker.tasks.embed"
@@ -201,6 +202,25 @@ def test_a_worker_does_a_delayed_job_when_it_is_due(
     job = theirs(queue).enqueue_in(timedelta(seconds=1), EMBED, kwargs={"texts": ["a"]})
     assert queue.status(job.id) is JobStatus.SCHEDULED
     assert len(queue.result(job.id, timeout=20)) == 1
+
+
+def test_a_worker_with_rqs_scheduler_beside_it_does_a_due_job_and_stops_it(queue: EmbedQueue) -> None:
+    job = schedule(queue, -1)
+    rq_command(
+        _url(queue), "worker", "--burst", "--with-scheduler", "--worker-class", "embedq.worker.EmbedWorker", "embed"
+    )
+    assert queue.status(job.id) is JobStatus.FINISHED
+    assert queue._redis.keys("rq:scheduler*") == []
+
+
+def test_max_jobs_counts_jobs_that_came_by_promotion_too(
+    queue: EmbedQueue,
+    start: Start,  # noqa: F811
+) -> None:
+    jobs = [schedule(queue, -1) for _ in range(3)]
+    status, output = start("--max-jobs", "2", at=_url(queue)).ended()
+    assert status == 0, output
+    assert sorted(job.get_status() for job in jobs) == ["finished", "finished", "queued"]
 
 
 def _url(queue: EmbedQueue) -> str:

@@ -15,7 +15,8 @@ from rq.job import Job
 from rq.rate_limit import RateLimit
 
 from embedq.producer import ConfigurationError, EmbedQueue, EmbedSerializer, JobFailedError, keys
-from embedq.worker import WorkerSettings, callbacks, cli
+from embedq.producer.connection import connect
+from embedq.worker import EmbedWorker, WorkerSettings, callbacks, cli
 from embedq.worker.callbacks import Call, CallbackThread, TimeLimit
 from embedq.worker.sequels import Sequels
 from tests.conftest import Drain, until
@@ -64,7 +65,7 @@ def theirs(queue: EmbedQueue) -> Queue:
 
 @pytest.fixture
 def thread() -> Iterator[CallbackThread]:
-    thread = CallbackThread([f"{HERE}.{name}" for name in ("note", "broken", "waiting", "busy")])
+    thread = CallbackThread([])
     thread.start()
     yield thread
     GATE.set()
@@ -79,7 +80,7 @@ def enqueue(theirs: Queue, *, texts: tuple[str, ...] = ("a",), dimensions: int |
 
 
 def call(name: str, *arguments: Any, timeout_s: float = 60) -> Call:
-    return Call(f"{HERE}.{name}", "job-1", lambda: arguments, timeout_s)
+    return Call(globals()[name], f"the callback {name} of job-1", lambda: arguments, timeout_s)
 
 
 # --- callbacks of jobs
@@ -149,6 +150,16 @@ def test_jobs_with_empty_callback_fields_have_no_sequel(
     assert followed == [named.id]
 
 
+def test_exception_handlers_hear_of_every_failed_attempt(queue: EmbedQueue, url: str) -> None:
+    bad, good = queue.enqueue("a", dimensions=99), queue.enqueue("b")
+    settings = WorkerSettings(model="noop:8")
+    worker = EmbedWorker(["embed"], connection=connect(url), settings=settings, exception_handlers=[note])
+    worker.work(burst=True)
+    [(job, kind, failure, traceback)] = called
+    assert (job.id, kind, failure.code, traceback) == (bad.id, JobFailedError, "unsupported_option", None)
+    assert good.result().num_tokens == (3,)
+
+
 # --- their thread
 
 
@@ -163,11 +174,11 @@ def test_a_callback_that_raises_is_logged_and_the_next_one_called(
     thread: CallbackThread, caplog: pytest.LogCaptureFixture
 ) -> None:
     thread.submit(call("broken"))
-    thread.submit(Call(f"{HERE}.note", "job-2", lambda: (1 // 0,), 60))  # no arguments to be had
+    thread.submit(Call(note, "another", lambda: (1 // 0,), 60))  # no arguments to be had
     thread.submit(call("note", "after"))
     until(lambda: called == [("after",)])
-    assert f"the callback {HERE}.broken of job job-1 failed" in caplog.messages
-    assert f"the callback {HERE}.note of job job-2 failed" in caplog.messages
+    assert "the callback broken of job-1 failed" in caplog.messages
+    assert "another failed" in caplog.messages
 
 
 def test_a_callback_that_overruns_is_interrupted_and_logged(
@@ -176,7 +187,7 @@ def test_a_callback_that_overruns_is_interrupted_and_logged(
     thread.submit(call("busy", timeout_s=0.2))
     thread.submit(call("note", "after"))
     until(lambda: called == [("after",)])
-    assert f"the callback {HERE}.busy of job job-1 is not done within 0.2 s; it is interrupted" in caplog.messages
+    assert "the callback busy of job-1 is not done within 0.2 s; it is interrupted" in caplog.messages
 
 
 def test_a_jam_costs_patience_once_and_then_drops(
