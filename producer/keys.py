@@ -95,6 +95,11 @@ def rate_limit(name: str) -> str:
     return f"{PREFIX}:rl:{name}"
 
 
+def sequels(queue_name: str) -> str:
+    """Sorted set of the jobs after whose end something is still to be done, by second; ours, RQ has no such key."""
+    return f"{PREFIX}:embedq:sequels:{queue_name}"
+
+
 def worker(name: str) -> str:
     """Hash of one worker."""
     return f"{PREFIX}:worker:{name}"

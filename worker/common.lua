@@ -58,6 +58,11 @@ local function has_sequel(prefix, id)
   return redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents') == 1
 end
 
+-- Remembers that something follows this job's end: should the worker die before it is done, another does it.
+local function note_sequel(prefix, queue, id)
+  redis.call('ZADD', prefix .. ':embedq:sequels:' .. queue, clock(), id)
+end
+
 -- Ends a job as finished or failed: status, registry, result stream, times to live. fields: the stream entry's.
 local function close_job(prefix, queue, id, status, ttl, ended_at, fields)
   local key, stream = prefix .. ':job:' .. id, prefix .. ':results:' .. id
@@ -67,7 +72,7 @@ local function close_job(prefix, queue, id, status, ttl, ended_at, fields)
       redis.call('DEL', key, stream, prefix .. ':executions:' .. id, dependencies)
       return
     end
-    ttl = 60 -- kept until RQ has done what follows
+    ttl = 600 -- kept until what follows is done, by another worker if need be
   end
   redis.call('HSET', key, 'status', status, 'ended_at', ended_at, 'last_heartbeat', ended_at)
   redis.call('XADD', stream, 'MAXLEN', '~', 10, '*', unpack(fields))

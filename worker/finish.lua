@@ -49,6 +49,9 @@ for i = 6, #ARGV, 6 do
         close_job(prefix, queue, id, 'failed', seconds(ttls[2], failure_ttl), now, fields)
       end
     end
+    if replies[#replies] == 2 then
+      note_sequel(prefix, queue, id)
+    end
     work_s = work_s + tonumber(ARGV[i + 5])
   end
   end_execution(prefix, queue, id, execution, worker)

@@ -13,6 +13,11 @@
 local prefix, queue, now, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[6])
 local replies, left_alone, taken = {0, 0}, 0, 0
 
+local function tell_sequel(id)
+  note_sequel(prefix, queue, id)
+  replies[#replies + 1] = id
+end
+
 local function recover(id, execution)
   local key = prefix .. ':job:' .. id
   local fields = redis.pcall('HMGET', key, 'status', 'failure_ttl')
@@ -25,14 +30,14 @@ local function recover(id, execution)
     if again then
       replies[1] = replies[1] + 1
       if again == 'scheduled' and has_rate_limit(prefix, id) then
-        replies[#replies + 1] = id
+        tell_sequel(id)
       end
     else
       local entry = {'type', 2, 'worker_name', worker, 'exc_string', ARGV[5]}
       close_job(prefix, queue, id, 'failed', seconds(fields[2], tonumber(ARGV[4])), now, entry)
       replies[2] = replies[2] + 1
       if has_sequel(prefix, id) then
-        replies[#replies + 1] = id
+        tell_sequel(id)
       end
     end
   end

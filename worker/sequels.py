@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,42 +31,57 @@ from embedq.worker.callbacks import Call, CallbackThread
 
 logger = logging.getLogger("embedq.worker")
 
-_ENDED_FOR_DEPENDENTS = (JobStatus.FINISHED.value, JobStatus.FAILED.value)
+#: Seconds after a job's end at which its worker must have died if what follows is not done.
+ORPHANED_S = 120
+#: Seconds between two looks for such jobs, and jobs of one queue that one look takes up.
+LOOK_EVERY_S, ORPHANS = 10.0, 100
 
 
 class Sequels:
     """Does what follows. Raises redis-py's error where Redis cannot serve; then the same call may be made again.
 
-    Each step may be done twice, except callbacks: they come last, once a call. A worker that dies between a job's end
-    and this leaves it undone.
+    The scripts that end a job remember those that have a sequel until it is done here, so that another worker takes it
+    up if one dies. Each step may so be done twice, but a callback is called once or, where the worker dies, not at all.
     """
 
     def __init__(
-        self, client: redis.Redis, callbacks: CallbackThread, exception_handlers: Sequence[Callable[..., Any]] = ()
+        self,
+        client: redis.Redis,
+        queues: Sequence[str],
+        callbacks: CallbackThread,
+        exception_handlers: Sequence[Callable[..., Any]] = (),
     ) -> None:
         self._client = client
+        self._queues = list(queues)
+        self._next_look = time.monotonic()
         self._callbacks = callbacks
         self._exception_handlers = exception_handlers
         package = __package__ or "embedq.worker"
         prelude = scripts.source("embedq.producer", "common")
         self._repeat = scripts.load(client, package, "repeat", prelude)
+        self._orphans = scripts.load(client, package, "orphans", prelude)
 
     def follow(self, queue_name: str, job_id: str) -> None:
         """For one job that has ended, or whose next attempt is scheduled. What RQ cannot read is logged."""
+        job = None
         with errors_logged(f"what follows job {job_id}"):
-            job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
-            status = job.get_status(refresh=False)
-            if status in _ENDED_FOR_DEPENDENTS:
-                with errors_logged(f"the dependents of job {job_id}"):
-                    Queue(queue_name, connection=self._client, serializer=EmbedSerializer).enqueue_dependents(job)
-            # One that repeats at once keeps its slot, as RQ has it.
-            if not (status == JobStatus.FINISHED.value and job.repeats_left and self._repeats_now(queue_name, job_id)):
-                release_slot(job)
+            job = self._settle(queue_name, job_id)
+        self._client.zrem(keys.sequels(queue_name), job_id)
+        if job is not None:
             self._call_back(job)
 
     def follow_all(self, queue_name: str, job_ids: Sequence[str]) -> None:
         for job_id in job_ids:
             self.follow(queue_name, job_id)
+
+    def take_up(self) -> None:
+        """What dead workers left undone, looked for every LOOK_EVERY_S however often this is called."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_EVERY_S
+        found = self._orphans(keys=list(map(keys.sequels, self._queues)), args=[ORPHANED_S, ORPHANS])
+        for place, job_id in zip(found[::2], found[1::2], strict=True):
+            self.follow(self._queues[place - 1], job_id.decode())
 
     def report(self, job_id: str, reason: bytes) -> None:
         """RQ's exception handlers, for each attempt that failed; `reason` as RQ stores it."""
@@ -73,6 +89,18 @@ class Sequels:
             handlers = functools.partial(call_exception_handlers, self._exception_handlers)
             arguments = functools.partial(self._report_arguments, job_id, reason)
             self._callbacks.submit(Call(handlers, f"an exception handler of job {job_id}", arguments, CALLBACK_TIMEOUT))
+
+    def _settle(self, queue_name: str, job_id: str) -> Job:
+        """Everything but the callback."""
+        job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
+        status = job.get_status(refresh=False)
+        if status in (JobStatus.FINISHED.value, JobStatus.FAILED.value):
+            with errors_logged(f"the dependents of job {job_id}"):
+                Queue(queue_name, connection=self._client, serializer=EmbedSerializer).enqueue_dependents(job)
+        # One that repeats at once keeps its slot, as RQ has it.
+        if not (status == JobStatus.FINISHED.value and job.repeats_left and self._repeats_now(queue_name, job_id)):
+            release_slot(job)
+        return job
 
     def _report_arguments(self, job_id: str, reason: bytes) -> tuple[Any, ...]:
         job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)

@@ -24,6 +24,7 @@ close_job(prefix, queue, id, 'failed', ttl, timestamp(), {'type', 2, 'worker_nam
   'execution_id', execution, 'execution_started_at', created, 'execution_ended_at', string.format('%.6f', clock())})
 if redis.call('EXISTS', key) == 1 then
   redis.call('HSET', key, 'status', 'stopped')
+  note_sequel(prefix, queue, id)
 end
 end_execution(prefix, queue, id, execution, worker)
 count(prefix, worker, 'failed_job_count', 1)

@@ -83,6 +83,7 @@ class EmbedWorker(SimpleWorker):
     leases: LeaseKeeper
     callbacks: CallbackThread
     sequels: Sequels
+    promoter: Promoter
     commands: CommandHandler
     waiter: QueueWaiter
 
@@ -135,15 +136,16 @@ class EmbedWorker(SimpleWorker):
         self.engine = Engine(load_encoder(self.settings), self.settings.max_batch_tokens, self.name)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
         self.store = ClaimStore(self.connection, self.name, self.settings.lease_s)
-        self.sequels = Sequels(self.connection, self.callbacks, self._exc_handlers)
+        self.sequels = Sequels(self.connection, self.queue_names(), self.callbacks, self._exc_handlers)
         self.leases = LeaseKeeper(
             self.store,
             self.queue_names(),
             self.worker_ttl + 60,
             on_abandoned=self.sequels.follow_all,
             on_forgotten=self._register_again,
-            on_tick=Promoter(self.connection, self.queue_names()).round,
+            on_tick=self._tick,
         )
+        self.promoter = Promoter(self.connection, self.queue_names())
         interruptions = Interruptions(self.connection, self.name, self.leases, self.sequels)
         self.commands = CommandHandler(
             on_shutdown=lambda: os.kill(os.getpid(), signal.SIGINT),
@@ -345,6 +347,11 @@ class EmbedWorker(SimpleWorker):
         except redis.RedisError as err:
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
         self.leases.drop(held)
+
+    def _tick(self) -> None:
+        """Each second, on the thread of the leases."""
+        self.promoter.round()
+        self.sequels.take_up()
 
     # --- being idle, being an RQ worker
 

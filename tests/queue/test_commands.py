@@ -52,7 +52,7 @@ class InHand:
         self.store = ClaimStore(client, "w1", 30)
         self.callbacks = CallbackThread([f"{__name__}.note"])
         self.callbacks.start()
-        sequels = Sequels(client, self.callbacks)
+        sequels = Sequels(client, ["embed"], self.callbacks)
         self.leases = LeaseKeeper(self.store, ["embed"], 60, on_abandoned=sequels.follow_all, on_forgotten=lambda: None)
         self.interruptions = Interruptions(client, "w1", self.leases, sequels)
 
@@ -255,7 +255,7 @@ def test_a_stopped_job_whose_failures_nobody_keeps_goes(
     job = theirs(queue, failure_ttl=0, on_stopped=callback)
     hand.claim()
     hand.interruptions.stop(job.id)
-    assert 0 < queue._redis.ttl(keys.job(job.id)) <= 60 if callback else not queue._redis.exists(keys.job(job.id))
+    assert 0 < queue._redis.ttl(keys.job(job.id)) <= 600 if callback else not queue._redis.exists(keys.job(job.id))
     if callback:
         until(lambda: CALLED)
 

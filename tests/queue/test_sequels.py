@@ -16,7 +16,7 @@ from rq.rate_limit import RateLimit
 
 from embedq.producer import ConfigurationError, EmbedQueue, EmbedSerializer, JobFailedError, keys
 from embedq.producer.connection import connect
-from embedq.worker import EmbedWorker, WorkerSettings, callbacks, cli
+from embedq.worker import EmbedWorker, WorkerSettings, callbacks, cli, sequels
 from embedq.worker.callbacks import Call, CallbackThread, TimeLimit
 from embedq.worker.sequels import Sequels
 from tests.conftest import Drain, until
@@ -292,7 +292,7 @@ def test_following_a_job_twice_repeats_it_once(each_url: str, drain: Drain) -> N
         job = enqueue(theirs, repeat=Repeat(times=5))
         drain(at=each_url, max_jobs=1)
         thread = CallbackThread([])
-        Sequels(queue._client, thread).follow("embed", job.id)
+        Sequels(queue._client, ["embed"], thread).follow("embed", job.id)
         assert queue._redis.lrange(keys.queue("embed"), 0, -1) == [job.id.encode()]
         assert queue._redis.hget(keys.job(job.id), "repeats_left") == b"4"
 
@@ -317,5 +317,59 @@ def test_a_job_that_repeats_at_once_keeps_its_slot_and_frees_it_at_the_end(
 
 
 def test_a_job_that_vanished_has_no_sequel(queue: EmbedQueue, caplog: pytest.LogCaptureFixture) -> None:
-    Sequels(queue._client, CallbackThread([])).follow_all("embed", ["gone", "gone-too"])
+    Sequels(queue._client, ["embed"], CallbackThread([])).follow_all("embed", ["gone", "gone-too"])
     assert caplog.messages == []
+
+
+# --- workers that die in between
+
+
+@pytest.fixture
+def left_undone(each_url: str, drain: Drain, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[EmbedQueue, Job, Job]]:
+    """A finished job and one that waits for it: the worker died before it could do what follows."""
+    with EmbedQueue(each_url) as queue:
+        theirs = Queue("embed", connection=queue._client, serializer=EmbedSerializer)
+        first = enqueue(theirs, result_ttl=0)
+        second = enqueue(theirs, depends_on=first)
+        with monkeypatch.context() as patch:
+            patch.setattr(Sequels, "follow", lambda *_: None)
+            drain(at=each_url)
+        assert (first.get_status(), second.get_status()) == ("finished", "deferred")
+        yield queue, first, second
+
+
+def test_what_a_dead_worker_left_undone_is_taken_up(left_undone: tuple[EmbedQueue, Job, Job]) -> None:
+    queue, first, second = left_undone
+    assert queue._redis.zrange(keys.sequels("embed"), 0, -1) == [first.id.encode()]
+    Sequels(queue._client, ["other", "embed"], CallbackThread([])).take_up()
+    assert second.get_status() == "deferred"  # its worker may still live
+    queue._redis.zincrby(keys.sequels("embed"), -sequels.ORPHANED_S, first.id)
+    Sequels(queue._client, ["other"], CallbackThread([])).take_up()
+    assert second.get_status() == "deferred"
+    Sequels(queue._client, ["other", "embed"], CallbackThread([])).take_up()
+    assert second.get_status() == "queued"
+    assert not queue._redis.exists(keys.sequels("embed"))
+
+
+def test_what_is_left_undone_is_taken_up_by_one_worker(left_undone: tuple[EmbedQueue, Job, Job]) -> None:
+    queue, first, _ = left_undone
+    queue._redis.zincrby(keys.sequels("embed"), -sequels.ORPHANED_S, first.id)
+    one, other = (Sequels(queue._client, ["embed"], CallbackThread([])) for _ in range(2))
+    assert one._orphans(keys=[keys.sequels("embed")], args=[sequels.ORPHANED_S, 10]) == [1, first.id.encode()]
+    assert other._orphans(keys=[keys.sequels("embed")], args=[sequels.ORPHANED_S, 10]) == []
+
+
+def test_a_job_that_is_gone_is_not_looked_for_again(left_undone: tuple[EmbedQueue, Job, Job]) -> None:
+    queue, first, _ = left_undone
+    queue._redis.zincrby(keys.sequels("embed"), -sequels.ORPHANED_S, first.id)
+    queue._redis.delete(keys.job(first.id))
+    Sequels(queue._client, ["embed"], CallbackThread([])).take_up()
+    assert not queue._redis.exists(keys.sequels("embed"))
+
+
+def test_a_worker_looks_for_what_others_left_every_few_seconds(
+    left_undone: tuple[EmbedQueue, Job, Job], each_url: str, drain: Drain
+) -> None:
+    queue, first, second = left_undone
+    queue._redis.zincrby(keys.sequels("embed"), -sequels.ORPHANED_S, first.id)
+    until(lambda: drain(at=each_url) and second.get_status() == "finished")
