@@ -12,18 +12,21 @@
 -- Returns 0: held no longer, nothing changed; 1: stopped, now or by the same call before.
 
 local prefix, worker, queue, id, execution = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local key = prefix .. ':job:' .. id
+local job = job_after(prefix, id)
 if not holds(prefix, queue, id, execution) then
-  return redis.call('HGET', key, 'status') == 'stopped' and 1 or 0
+  return job.status == 'stopped' and 1 or 0
 end
 
 local created = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'created_at') or clock()
-local ttl = seconds(redis.call('HGET', key, 'failure_ttl'), tonumber(ARGV[7]))
--- RQ 3.0 has a result type of its own for stopped jobs, but writes that of failed ones.
-close_job(prefix, queue, id, 'failed', ttl, timestamp(), {'type', 2, 'worker_name', worker, 'exc_string', ARGV[6],
-  'execution_id', execution, 'execution_started_at', created, 'execution_ended_at', string.format('%.6f', clock())})
-if redis.call('EXISTS', key) == 1 then
-  redis.call('HSET', key, 'status', 'stopped')
+local ttl = kept_for(job, seconds(job.failure_ttl, tonumber(ARGV[7])))
+if ttl == 0 then
+  delete_job(prefix, id)
+else
+  -- RQ 3.0 has a result type of its own for stopped jobs, but writes that of failed ones.
+  append_result(prefix .. ':results:' .. id, {'type', 2, 'worker_name', worker, 'exc_string', ARGV[6],
+    'execution_id', execution, 'execution_started_at', created, 'execution_ended_at', string.format('%.6f', clock())})
+  close_job(prefix, id, job, 'stopped', ttl, timestamp())
+  redis.call('ZADD', prefix .. ':failed:' .. queue, leaves_at(ttl), id)
   note_sequel(prefix, queue, id)
 end
 end_execution(prefix, queue, id, execution, worker)
