@@ -20,6 +20,7 @@ from embedq.worker import EmbedWorker, WorkerSettings, callbacks, cli, sequels
 from embedq.worker.callbacks import Call, CallbackThread, TimeLimit
 from embedq.worker.sequels import Sequels
 from tests.conftest import Drain, until
+from tests.queue.test_worker import Start, start  # noqa: F401
 
 HERE = "tests.queue.test_sequels"
 #: What the callbacks below were called with.
@@ -232,6 +233,14 @@ def test_a_time_limit_that_is_kept_raises_nothing_afterwards() -> None:
 def test_a_callback_that_cannot_be_called_is_refused_at_the_start(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"the callback {HERE}.{name} "):
         CallbackThread([f"{HERE}.{name}"])
+
+
+def test_a_worker_with_a_callback_that_is_not_there_says_so_in_one_line(start: Start) -> None:  # noqa: F811
+    status, output = start("--allow-callback", "no.such.function").ended()
+    assert status == 2
+    assert (
+        output == "error: the callback no.such.function cannot be imported: Invalid attribute name: no.such.function\n"
+    )
 
 
 # --- settings
