@@ -85,18 +85,16 @@ class NoopEncoder:
 
     def _tokenize_one(self, index: int, text: str, truncate: bool, side: TruncationSide) -> TokenizedText:
         words = text.split()
+        if len(words) <= MAX_SEQ_LENGTH - _SPECIAL_TOKENS:
+            return TokenizedText(_ids(index, text, len(words)), False)
+        if not truncate:
+            raise TextTooLongError(
+                f"text {index} has {len(words) + _SPECIAL_TOKENS} tokens, {self.name} takes {MAX_SEQ_LENGTH}", index
+            )
         room = MAX_SEQ_LENGTH - _SPECIAL_TOKENS
-        truncated = len(words) > room
-        if truncated:
-            if not truncate:
-                raise TextTooLongError(
-                    f"text {index} has {len(words) + _SPECIAL_TOKENS} tokens, {self.name} takes {MAX_SEQ_LENGTH}",
-                    index,
-                )
-            words = words[:room] if side == "right" else words[-room:]
-            # Like a real model: what was cut away has no say in the vector.
-            text = " ".join(words)
-        return TokenizedText(_ids(index, text, len(words)), truncated)
+        words = words[:room] if side == "right" else words[-room:]
+        # Like a real model: what was cut away has no say in the vector.
+        return TokenizedText(_ids(index, " ".join(words), room), True)
 
     def tokenize_windows(
         self, texts: Sequence[str], *, prompt: str = "", overlap: int | None = None

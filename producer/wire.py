@@ -123,7 +123,8 @@ def encode_result(result: Embeddings) -> bytes:
     tensor = {"dtype": _DTYPES[vectors.dtype.str], "shape": vectors.shape, "data_offsets": (0, vectors.nbytes)}
     header = orjson.dumps({"__metadata__": metadata, TENSOR_NAMES[result.output]: tensor})
     header += b" " * (-len(header) % 8)
-    return b"".join((len(header).to_bytes(8, "little"), header, vectors.tobytes()))
+    rows: Any = vectors if vectors.flags.c_contiguous else vectors.copy()
+    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(rows).cast("B")))
 
 
 def decode_result(blob: bytes) -> Embeddings:
@@ -183,6 +184,8 @@ def _loads(plain: bytes) -> Any:
 
 def _decompress(data: bytes) -> bytes:
     """Inflate with a bound, so that a small field cannot become gigabytes; bytes that aren't zlib stay."""
+    if data[:1] == b"[":  # JSON; zlib's first byte is another, and trying would cost more than all the rest
+        return data
     inflater = zlib.decompressobj()
     try:
         plain = inflater.decompress(data, MAX_REQUEST_BYTES)

@@ -25,7 +25,7 @@ logger = logging.getLogger("embedq.worker")
 
 #: Callbacks that wait for the one under way.
 QUEUE_CALLS = 100
-#: Seconds for which a full queue holds up whoever comes with another; then that one is dropped.
+#: Seconds for which a full queue may hold up whoever comes with another; then that one is dropped.
 PATIENCE_S = 30.0
 
 
@@ -75,10 +75,10 @@ class CallbackThread:
             self._refuse(name)
         return function
 
-    def submit(self, call: Call) -> None:
-        """Puts a call at the end of the queue; waits at most PATIENCE_S for room, and not again while there is none."""
+    def submit(self, call: Call, patience_s: float = PATIENCE_S) -> None:
+        """Puts a call at the end of the queue; waits for room at most so long, and not again while there is none."""
         try:
-            self._calls.put(call, timeout=0 if self._is_jammed else PATIENCE_S)
+            self._calls.put(call, timeout=0 if self._is_jammed else patience_s)
             self._is_jammed = False
         except queue.Full:
             self._is_jammed = True

@@ -63,29 +63,33 @@ local keep = math.ceil(lease) + 3600
 local claimed, num_claimed, bytes = {second, 'more'}, 0, 0
 local all_pairs, leases = {}, {}
 
+local call, job_prefix, execution_prefix = redis.call, prefix .. ':job:', prefix .. ':execution:'
+local executions_prefix, keep_until, lease_until = prefix .. ':executions:', started + keep, started + lease
+
 local function claim(queue, id)
-  local key = prefix .. ':job:' .. id
+  local key = job_prefix .. id
   local fields = redis.pcall('HMGET', key, 'status', 'data', 'enqueued_at', 'embedq_texts')
+  local status, data = fields[1], fields[2]
   -- Vanished, canceled or never a job: nothing to do for it. (pcall: a key of another type.)
-  if fields.err or (fields[1] or 'queued') ~= 'queued' or (not fields[1] and redis.call('EXISTS', key) == 0) then
+  if fields.err or (status or 'queued') ~= 'queued' or (not status and call('EXISTS', key) == 0) then
     return
   end
   num_claimed = num_claimed + 1
   local execution = nonce .. '-' .. num_claimed
   local pair = id .. ':' .. execution
-  redis.call('HSET', prefix .. ':execution:' .. pair, 'id', execution, 'job_id', id, 'worker_name', worker, 'queue', queue,
-    'created_at', second, 'last_heartbeat', second)
-  redis.call('EXPIRE', prefix .. ':execution:' .. pair, keep)
-  redis.call('ZADD', prefix .. ':executions:' .. id, started + keep, execution)
-  redis.call('EXPIRE', prefix .. ':executions:' .. id, keep)
-  redis.call('HSET', key, 'status', 'started', 'started_at', now, 'last_heartbeat', now, 'worker_name', worker,
-    'origin', queue)
-  redis.call('PERSIST', key)
-  all_pairs[#all_pairs + 1] = pair
-  leases[#leases + 1] = started + lease
+  local record, records = execution_prefix .. pair, executions_prefix .. id
+  call('HSET', record, 'id', execution, 'job_id', id, 'worker_name', worker, 'queue', queue, 'created_at', second,
+    'last_heartbeat', second)
+  call('EXPIRE', record, keep)
+  call('ZADD', records, keep_until, execution)
+  call('EXPIRE', records, keep)
+  call('HSET', key, 'status', 'started', 'started_at', now, 'last_heartbeat', now, 'worker_name', worker, 'origin', queue)
+  call('PERSIST', key)
+  all_pairs[num_claimed] = pair
+  leases[#leases + 1] = lease_until
   leases[#leases + 1] = pair
-  claimed[#claimed + 1] = told(queue, id, execution, fields[2], fields[3])
-  bytes = bytes + math.max(#(fields[2] or ''), BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
+  claimed[num_claimed + 2] = told(queue, id, execution, data, fields[3])
+  bytes = bytes + math.max(data and #data or 0, BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
 end
 
 -- Claims from the head of one list; false once enough is claimed.

@@ -51,23 +51,25 @@ local function try_again(prefix, queue, id)
   return 'queued'
 end
 
+local function has_dependents(prefix, id)
+  return redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents') == 1
+end
+
 -- What the end of a job needs to know of it: status, result_ttl, failure_ttl, has_rate_limit, has_dependencies (it
 -- waited for others), has_dependents, has_sequel (something follows its end: other jobs depend on it, it holds a slot
 -- of a rate limit, repeats, or names a callback). Of what is no job hash, all false.
-local function job_after(prefix, id)
-  local key = prefix .. ':job:' .. id
-  local fields = redis.pcall('HMGET', key, 'status', 'result_ttl', 'failure_ttl', 'rate_limit_key', 'dependency_ids',
-    'repeats_left', 'success_callback_name', 'failure_callback_name', 'stopped_callback_name')
+local function job_after(prefix, id, dependents)
+  local fields = redis.pcall('HMGET', prefix .. ':job:' .. id, 'status', 'result_ttl', 'failure_ttl', 'rate_limit_key',
+    'dependency_ids', 'repeats_left', 'success_callback_name', 'failure_callback_name', 'stopped_callback_name')
   if fields.err then
     return {}
   end
-  local has_dependents = redis.call('EXISTS', key .. ':dependents') == 1
-  local has_sequel = has_dependents or fields[4] or fields[6]
+  local has_sequel = dependents or fields[4] or fields[6]
   for i = 7, 9 do
     has_sequel = has_sequel or (fields[i] or '') ~= '' -- RQ writes empty names for callbacks that there are not
   end
   return {status = fields[1], result_ttl = fields[2], failure_ttl = fields[3], has_rate_limit = fields[4],
-    has_dependencies = fields[5], has_dependents = has_dependents, has_sequel = has_sequel}
+    has_dependencies = fields[5], has_dependents = dependents, has_sequel = has_sequel}
 end
 
 -- Remembers that something follows a job's end until it is done: should the worker die before, another does it.
@@ -90,9 +92,9 @@ local function kept_for(job, ttl)
   return ttl == 0 and job.has_sequel and 600 or ttl
 end
 
--- When an ended job leaves the registry: the score there.
-local function leaves_at(ttl)
-  return ttl < 0 and '+inf' or math.floor(clock()) + ttl
+-- When a job that ends now leaves the registry: the score there.
+local function leaves_at(ttl, now_s)
+  return ttl < 0 and '+inf' or math.floor(now_s) + ttl
 end
 
 local function delete_job(prefix, id)

@@ -30,8 +30,13 @@ from embedq.worker.planning import ReadyJob, ReadyTexts
 
 #: Bytes that the vectors of one job with token output may have.
 MAX_TOKEN_OUTPUT_BYTES = 64 * 1024 * 1024
+#: Texts a job from which finishing it together with others costs more, for copies, than it saves in calls.
+TEXTS_TO_FINISH_ALONE = 16
 #: Options remembered as checked: callers could send a new prompt with each job.
 MAX_CHECKED_OPTIONS = 256
+
+#: Texts with one vector and texts with one a token never share a micro-batch.
+_KINDS = {"sentence": 0, "tokens": 1}
 
 logger = logging.getLogger("embedq.worker")
 
@@ -76,13 +81,14 @@ class Work:
         return self.request.options.output
 
     @property
-    def pieces(self) -> list[Piece]:
-        return list(zip(itertools.repeat(self), range(len(self.tokens))))
-
-    @property
     def lengths(self) -> list[int]:
         """(pieces,) tokens"""
         return [text.num_tokens for text in self.tokens]
+
+    def ready(self, rank: int = 0) -> ReadyJob:
+        """As it waits for the encoder; `rank` of its queue, 0 the most urgent."""
+        pieces: list[Piece] = list(zip(itertools.repeat(self), range(len(self.tokens))))
+        return ReadyJob(pieces, self.lengths, _KINDS[self.output], rank)
 
     @property
     def truncated(self) -> tuple[bool, ...]:
@@ -277,22 +283,26 @@ class Engine:
 
     def _finish_group(self, works: Sequence[Work]) -> Iterator[NDArray[np.generic] | JobFailedError]:
         """(n, d) of each of these jobs, which have the same options. Where one fails, each is finished by itself."""
+        if len(works) == 1 or len(works) * TEXTS_TO_FINISH_ALONE <= sum([len(work.num_tokens) for work in works]):
+            yield from map(self._finish_one, works)
+            return
         try:
-            parts = [work.mean_vectors() for work in works]
-            together = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            together = np.concatenate([work.mean_vectors() for work in works])
             finished = self._postprocess(together, works[0].request.options)
-        except Exception as err:
-            if len(works) == 1:
-                yield _job_failure(err)
-                return
-            for work in works:
-                yield from self._finish_group([work])
+        except Exception:
+            yield from map(self._finish_one, works)
             return
         start = 0
         for work in works:
             end = start + len(work.num_tokens)
             yield finished[start:end]
             start = end
+
+    def _finish_one(self, work: Work) -> NDArray[np.generic] | JobFailedError:
+        try:
+            return self._postprocess(work.mean_vectors(), work.request.options)
+        except Exception as err:
+            return _job_failure(err)
 
     def finish(self, work: Work) -> Embeddings:
         """The job's result. Raises JobFailedError if one of its texts failed."""
@@ -327,7 +337,7 @@ class Engine:
         """One request from end to end. Raises JobFailedError."""
         work = self.tokenize(request)
         ready = ReadyTexts(self.max_batch_tokens)
-        ready.add([ReadyJob(work.pieces, work.lengths)])
+        ready.add([work.ready()])
         while ready and work.failure is None:
             self.encode(ready.take())
         return self.finish(work)

@@ -22,10 +22,12 @@ local ENTRIES = {finished = {1, 'return_value'}, failed = {2, 'exc_string'}}
 
 local prefix, worker = ARGV[1], ARGV[2]
 local result_ttl, failure_ttl = tonumber(ARGV[3]), tonumber(ARGV[4])
-local now, second = timestamp(), string.format('%.6f', clock())
+local now, now_s = timestamp(), clock()
+local second = string.format('%.6f', now_s)
 local replies, failures, work_s = {}, 0, 0
 local ended = {finished = {}, failed = {}} -- by queue: score, id, score, id, ...
 local held, pairs_by_queue, execution_keys, all_pairs = {}, {}, {}, {}
+local some_have_dependents = false
 
 -- Puts the job's entry into its result stream.
 local function write_result(status, id, execution, payload, began)
@@ -52,14 +54,15 @@ end
 
 local function publish(i)
   local outcome, queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
-  local job = job_after(prefix, id)
-  if not held[id .. ':' .. execution] or job.status ~= 'started' then
+  local job = job_after(prefix, id, some_have_dependents and has_dependents(prefix, id))
+  local pair = id .. ':' .. execution
+  if not held[pair] or job.status ~= 'started' then
     end_execution(prefix, queue, id, execution, worker)
     return redis.call('ZSCORE', prefix .. ':embedq:sequels:' .. queue, id) and 2 or 0
   end
-  execution_keys[#execution_keys + 1] = prefix .. ':execution:' .. id .. ':' .. execution
+  execution_keys[#execution_keys + 1] = prefix .. ':execution:' .. pair
   execution_keys[#execution_keys + 1] = prefix .. ':executions:' .. id
-  all_pairs[#all_pairs + 1] = id .. ':' .. execution
+  all_pairs[#all_pairs + 1] = pair
   work_s = work_s + tonumber(ARGV[i + 5])
   if outcome ~= 'finished' then
     failures = failures + 1
@@ -78,17 +81,23 @@ local function publish(i)
     close_job(prefix, id, job, status, ttl, now)
     local registry = ended[status]
     registry[queue] = registry[queue] or {}
-    table.insert(registry[queue], leaves_at(ttl))
+    table.insert(registry[queue], leaves_at(ttl, now_s))
     table.insert(registry[queue], id)
   end
   return told(queue, id, job.has_sequel)
 end
 
+local dependents_keys = {}
 for i = 5, #ARGV, FIELDS do
-  local queue = ARGV[i + 1]
+  local queue, id = ARGV[i + 1], ARGV[i + 2]
   pairs_by_queue[queue] = pairs_by_queue[queue] or {}
-  table.insert(pairs_by_queue[queue], ARGV[i + 2] .. ':' .. ARGV[i + 3])
+  table.insert(pairs_by_queue[queue], id .. ':' .. ARGV[i + 3])
+  dependents_keys[#dependents_keys + 1] = prefix .. ':job:' .. id .. ':dependents'
 end
+-- Hardly any job has dependents: asked once for all.
+in_slices(dependents_keys, function(...)
+  some_have_dependents = redis.call('EXISTS', ...) > 0 or some_have_dependents
+end)
 for queue, of_queue in pairs(pairs_by_queue) do
   local place = 0
   in_slices(of_queue, function(...)

@@ -40,7 +40,7 @@ class Interruptions:
         for claim in claims:
             if self._stop_claim(claim):
                 logger.warning("job %s is stopped on request", job_id)
-                self._sequels.follow(claim.queue, job_id)
+                self._sequels.follow_all(claim.queue, [job_id])
             self._leases.lose([claim])
 
     def cancel(self, job_id: str) -> None:

@@ -45,7 +45,8 @@ class Stages(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
     max_batch_tokens: int
-    #: tokens that may be claimed and not encoded yet, and jobs that may be claimed and not published
+    #: tokens that may be claimed and not encoded yet (of one job a micro-batch's worth counts, so that a long one does
+    #: not hold up the claims), and jobs that may be claimed and not published
     prefetch_tokens: int
     prefetch_jobs: int
     #: seconds for which a micro-batch that is not full waits for more texts
@@ -195,7 +196,7 @@ class Pipeline:
 
     def _has_room(self) -> bool:
         bounds = self._bounds
-        waiting = self._claimed_tokens + self._ready.num_tokens + self._next_tokens
+        waiting = self._claimed_tokens + self._ready.tokens_ahead + self._next_tokens
         return waiting + bounds.max_batch_tokens <= bounds.prefetch_tokens and self._num_jobs < bounds.prefetch_jobs
 
     def _note(self) -> None:
@@ -231,8 +232,7 @@ class Pipeline:
                 if self._is_stopping:
                     return
                 if self._can_plan():
-                    self._next = self._take(None)
-                    self._next_tokens = sum([work.tokens[place].num_tokens for work, place in self._next])
+                    self._set_next(self._take(None))
                     self._note()
                     continue
                 claims, estimate = self._claimed[0]
@@ -252,6 +252,10 @@ class Pipeline:
         is_full = self._ready.num_tokens >= self._bounds.max_batch_tokens
         return self._next is None and is_full and self._bounds.max_latency_s is None
 
+    def _set_next(self, batch: list[Piece]) -> None:
+        self._next = batch or None
+        self._next_tokens = _num_tokens(batch)
+
     def _take(self, max_tokens: int | None) -> list[Piece]:
         self._ready_since = time.monotonic()
         return self._ready.take(max_tokens)
@@ -261,17 +265,17 @@ class Pipeline:
             batch = self._next_batch()
             if batch is None:
                 return
-            num_tokens = sum([work.tokens[place].num_tokens for work, place in batch])
             began_at = time.monotonic()
             done = self._stages.encode(batch)
             took_s = time.monotonic() - began_at
             with self._changed:
                 self._is_encoding = False
-                self._encode_time.learn(num_tokens, took_s)
+                self._encode_time.learn(_num_tokens(batch), took_s)
                 self._outbox.extend(done)
                 self._outbox_bytes += sum([_num_bytes(work) for work in done])
                 if any(work.failure is not None for work in done):
                     self._ready.discard(_is_wanted)
+                    self._set_next([piece for piece in self._next or () if _is_wanted(piece)])
                 self._note()
 
     def _next_batch(self) -> list[Piece] | None:
@@ -281,7 +285,7 @@ class Pipeline:
                 linger_s = self._lingers_s()
                 if self._outbox_bytes < OUTBOX_BYTES and linger_s is not None and linger_s <= 0:
                     batch = self._next or self._take(self._budget())
-                    self._next, self._next_tokens = None, 0
+                    self._set_next([])
                     self._is_encoding = True
                     self._note()
                     return batch
@@ -338,6 +342,10 @@ class Pipeline:
             some.append(done)
         self._outbox_bytes -= size
         return some
+
+
+def _num_tokens(batch: Sequence[Piece]) -> int:
+    return sum([work.tokens[place].num_tokens for work, place in batch])
 
 
 def _is_wanted(piece: Piece) -> bool:

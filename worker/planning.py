@@ -68,6 +68,8 @@ class ReadyTexts:
     _keys: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     _lengths: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     _kinds: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    #: whether each counts as claimed ahead: of a job only the first micro-batch's worth
+    _is_ahead: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
     #: micro-batches with later texts that went before each
     _passed: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     _num_tokens: int = 0
@@ -81,6 +83,11 @@ class ReadyTexts:
     def num_tokens(self) -> int:
         return self._num_tokens
 
+    @property
+    def tokens_ahead(self) -> int:
+        """Of each job no more than one micro-batch's worth: the rest gives way to what is claimed next."""
+        return int(self._lengths[self._is_ahead].sum())
+
     def add(self, jobs: Sequence[ReadyJob]) -> None:
         """In the order of their arrival."""
         if not jobs:
@@ -92,8 +99,9 @@ class ReadyTexts:
         turns = np.minimum(totals, TURN_SHARE * self.max_batch_tokens)
         ranks = np.array([job.rank for job in jobs]) * (PRIORITY_BATCHES * self.max_batch_tokens)
         arrivals = self._arrived + np.cumsum(turns) - turns + ranks
-        before = np.cumsum(lengths) - lengths  # (texts,) tokens ahead of each, then of the same job alone
-        keys = before + np.repeat(arrivals - before[starts], counts)
+        before = np.cumsum(lengths) - lengths  # (texts,) tokens ahead of each; from the next line on of its own job
+        before -= np.repeat(before[starts], counts)
+        keys = before + np.repeat(arrivals, counts)
         for job in jobs:
             self._items.extend(job.items)
         self._arrived += float(turns.sum())
@@ -101,6 +109,7 @@ class ReadyTexts:
         self._keys = np.concatenate((self._keys, keys))
         self._lengths = np.concatenate((self._lengths, lengths))
         self._kinds = np.concatenate((self._kinds, np.repeat([job.kind for job in jobs], counts)))
+        self._is_ahead = np.concatenate((self._is_ahead, before < self.max_batch_tokens))
         self._passed = np.concatenate((self._passed, np.zeros(len(lengths), np.int64)))
 
     def take(self, max_tokens: int | None = None) -> list[Any]:
@@ -132,7 +141,7 @@ class ReadyTexts:
 
     def _keep(self, places: NDArray[np.int64]) -> None:
         self._items = [self._items[place] for place in places.tolist()]
-        self._keys, self._passed = self._keys[places], self._passed[places]
+        self._keys, self._passed, self._is_ahead = self._keys[places], self._passed[places], self._is_ahead[places]
         self._lengths, self._kinds = self._lengths[places], self._kinds[places]
         self._num_tokens = int(self._lengths.sum())
 

@@ -10,6 +10,7 @@
 -- Returns {number tried again, number failed, ids of those after which something is still to be done...}.
 
 local prefix, queue, now, limit = ARGV[1], ARGV[2], timestamp(), tonumber(ARGV[5])
+local cutoff = clock()
 local replies, left_alone, taken = {0, 0}, 0, 0
 
 local function tell_sequel(id)
@@ -25,11 +26,11 @@ local function fail(id, job, worker)
   end
   append_result(prefix .. ':results:' .. id, {'type', 2, 'worker_name', worker, 'exc_string', ARGV[4]})
   close_job(prefix, id, job, 'failed', ttl, now)
-  redis.call('ZADD', prefix .. ':failed:' .. queue, leaves_at(ttl), id)
+  redis.call('ZADD', prefix .. ':failed:' .. queue, leaves_at(ttl, cutoff), id)
 end
 
 local function recover(id, execution)
-  local job = job_after(prefix, id)
+  local job = job_after(prefix, id, has_dependents(prefix, id))
   local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
   if job.status == 'started' then
     local again = try_again(prefix, queue, id)
@@ -49,7 +50,6 @@ local function recover(id, execution)
   end_execution(prefix, queue, id, execution, worker)
 end
 
-local cutoff = clock()
 while taken < limit do
   local pairs_here = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', cutoff, 'LIMIT', left_alone, 100)
   if #pairs_here == 0 then

@@ -27,14 +27,14 @@ from embedq.producer.connection import is_passing
 from embedq.producer.errors import JobFailedError
 from embedq.producer.serializer import EmbedSerializer
 from embedq.producer.status import JobStatus
-from embedq.worker.callbacks import Call, CallbackThread
+from embedq.worker.callbacks import PATIENCE_S, Call, CallbackThread
 
 logger = logging.getLogger("embedq.worker")
 
 #: Seconds after a job's end at which its worker must have died if what follows is not done.
 ORPHANED_S = 120
 #: Seconds between two looks for such jobs, and jobs of one queue that one look takes up.
-LOOK_EVERY_S, ORPHANS = 10.0, 100
+LOOK_EVERY_S, ORPHANS = 10.0, 20
 
 
 class Sequels:
@@ -61,18 +61,22 @@ class Sequels:
         self._repeat = scripts.load(client, package, "repeat", prelude)
         self._orphans = scripts.load(client, package, "orphans", prelude)
 
-    def follow(self, queue_name: str, job_id: str) -> None:
-        """For one job that has ended, or whose next attempt is scheduled. What RQ cannot read is logged."""
+    def follow(self, queue_name: str, job_id: str, patience_s: float = PATIENCE_S) -> None:
+        """For one job that has ended, or whose next attempt is scheduled. What RQ cannot read is logged.
+
+        Where many callbacks wait, it waits for its turn to join them, but only so long.
+        """
         job = None
         with errors_logged(f"what follows job {job_id}"):
             job = self._settle(queue_name, job_id)
         self._client.zrem(keys.sequels(queue_name), job_id)
         if job is not None:
-            self._call_back(job)
+            self._call_back(job, patience_s)
 
     def follow_all(self, queue_name: str, job_ids: Sequence[str]) -> None:
+        """For a thread that must not wait."""
         for job_id in job_ids:
-            self.follow(queue_name, job_id)
+            self.follow(queue_name, job_id, patience_s=0)
 
     def take_up(self) -> None:
         """What dead workers left undone, looked for every LOOK_EVERY_S however often this is called."""
@@ -81,7 +85,7 @@ class Sequels:
         self._next_look = time.monotonic() + LOOK_EVERY_S
         found = self._orphans(keys=list(map(keys.sequels, self._queues)), args=[ORPHANED_S, ORPHANS])
         for place, job_id in zip(found[::2], found[1::2], strict=True):
-            self.follow(self._queues[place - 1], job_id.decode())
+            self.follow_all(self._queues[place - 1], [job_id.decode()])
 
     def report(self, job_id: str, reason: bytes) -> None:
         """RQ's exception handlers, for each attempt that failed; `reason` as RQ stores it."""
@@ -106,11 +110,11 @@ class Sequels:
         job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
         return job, *_exc_info(wire.decode_exc_string(reason))
 
-    def _call_back(self, job: Job) -> None:
+    def _call_back(self, job: Job, patience_s: float) -> None:
         name, timeout_s, arguments = _callback(job)
         if name and (function := self._callbacks.allowed(name)):
             what = f"the callback {name} of job {job.id}"
-            self._callbacks.submit(Call(function, what, functools.partial(arguments, job), timeout_s))
+            self._callbacks.submit(Call(function, what, functools.partial(arguments, job), timeout_s), patience_s)
 
     def _repeats_now(self, queue_name: str, job_id: str) -> bool:
         outcome = self._repeat(

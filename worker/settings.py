@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 from embedq.producer.errors import ConfigurationError
 
 LogFormat = Literal["text", "json"]
+#: RQ's: the first queue before the others, each in turn, or at random.
+DequeueStrategyName = Literal["default", "round_robin", "random"]
 DEFAULT_MODEL = "all-mpnet-base-v2"
 #: What every setting's environment variable begins with: EMBEDQ_LEASE_S for `lease_s`.
 ENVIRONMENT_PREFIX = "EMBEDQ_"

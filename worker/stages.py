@@ -33,8 +33,6 @@ T = TypeVar("T")
 RETRY_S = 0.5
 #: The failure's code of a job that is another's by now, or canceled: nobody is told.
 LOST = "lost"
-#: Texts with one vector and texts with one a token never share a micro-batch.
-KINDS = {"sentence": 0, "tokens": 1}
 
 
 class WorkerStages:
@@ -46,14 +44,15 @@ class WorkerStages:
         store: ClaimStore,
         leases: LeaseKeeper,
         budget: ClaimBudget,
-        queues: Sequence[str],
+        ranked_queues: Sequence[str],
         sequels: Sequels,
     ) -> None:
+        """ranked_queues: the most urgent first; the others count as urgent as the first of them."""
         self._engine = engine
         self._store = store
         self._leases = leases
         self._budget = budget
-        self._ranks = {queue: rank for rank, queue in enumerate(queues)}
+        self._ranks = {queue: rank for rank, queue in enumerate(ranked_queues)}
         self._sequels = sequels
         self.num_finished = 0
         self.num_failed = 0
@@ -80,12 +79,12 @@ class WorkerStages:
         return works, failed
 
     def ready_job(self, work: Work) -> ReadyJob:
-        rank = self._ranks.get(work.tag.queue, 0)
-        return ReadyJob(work.pieces, work.lengths, KINDS[work.output], rank)
+        return work.ready(self._ranks.get(work.tag.queue, 0))
 
     def encode(self, batch: Sequence[Piece]) -> list[Work]:
         """Jobs that were canceled or taken over are encoded no further."""
-        lost = [work for work in dict.fromkeys([work for work, _ in batch]) if self._leases.is_lost(work.tag)]
+        works = dict.fromkeys([work for work, _ in batch if work.failure is None])
+        lost = [work for work in works if self._leases.is_lost(work.tag)]
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
         return lost + self._engine.encode(batch)

@@ -12,7 +12,7 @@
 -- Returns 0: held no longer, nothing changed; 1: stopped, now or by the same call before.
 
 local prefix, worker, queue, id, execution = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local job = job_after(prefix, id)
+local job = job_after(prefix, id, has_dependents(prefix, id))
 if not holds(prefix, queue, id, execution) then
   return job.status == 'stopped' and 1 or 0
 end
@@ -26,7 +26,7 @@ else
   append_result(prefix .. ':results:' .. id, {'type', 2, 'worker_name', worker, 'exc_string', ARGV[6],
     'execution_id', execution, 'execution_started_at', created, 'execution_ended_at', string.format('%.6f', clock())})
   close_job(prefix, id, job, 'stopped', ttl, timestamp())
-  redis.call('ZADD', prefix .. ':failed:' .. queue, leaves_at(ttl), id)
+  redis.call('ZADD', prefix .. ':failed:' .. queue, leaves_at(ttl, clock()), id)
   note_sequel(prefix, queue, id)
 end
 end_execution(prefix, queue, id, execution, worker)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -53,6 +54,9 @@ IDLE_S = 15.0
 IDLE_AFTER_S = 0.25
 #: Of the time that a full micro-batch takes, the share for which jobs gather while the device is busy.
 GATHER_SHARE = 1 / 8
+#: Seconds for which one thread may keep the others from running Python. The device's needs it after every operator,
+#: and must not wait for Python's default, 5 ms, each time that another is at work.
+SWITCH_INTERVAL_S = 0.0005
 #: Seconds between attempts to reach a Redis that cannot serve: the first, and the longest.
 RECONNECT_FIRST_S, RECONNECT_LONGEST_S = 0.5, 10.0
 #: Two signals within so many seconds are one: Ctrl-C reaches a process group twice.
@@ -127,6 +131,8 @@ class EmbedWorker(SimpleWorker):
             on_exit.callback(self._leave)
             self._register(logging_level, date_format, log_format)
             self.leases.start()
+            on_exit.callback(sys.setswitchinterval, sys.getswitchinterval())
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
             return self._work(burst, max_jobs, max_idle_time) > 0
 
     def _prepare(self) -> None:
@@ -154,7 +160,9 @@ class EmbedWorker(SimpleWorker):
         )
         self.waiter = QueueWaiter(self.connection, self.queue_keys())
         self.turns = QueueTurns()
-        self.stages = WorkerStages(self.engine, self.store, self.leases, self.budget, self.queue_names(), self.sequels)
+        # Where the queues take turns, none is more urgent than another.
+        ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
+        self.stages = WorkerStages(self.engine, self.store, self.leases, self.budget, ranked, self.sequels)
         self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self.waiter.wake)
 
     def _bounds(self) -> Bounds:
@@ -234,7 +242,7 @@ class EmbedWorker(SimpleWorker):
         reconnect_s = RECONNECT_FIRST_S
         while not self._stop_requested and (max_jobs is None or claimed < max_jobs):
             try:
-                self._look_after_queues(burst)
+                self._look_after_queues()
                 if not self.pipeline.wait_for_room(IDLE_S):
                     continue
                 found = self._claim(None if max_jobs is None else max_jobs - claimed)
@@ -327,13 +335,9 @@ class EmbedWorker(SimpleWorker):
 
     # --- being idle, being an RQ worker
 
-    def _look_after_queues(self, burst: bool) -> None:
-        if burst:
-            self.check_for_suspension(burst)
-        if self.should_run_maintenance_tasks:
-            self._maintain()
-
-    def _maintain(self) -> None:
+    def _look_after_queues(self) -> None:
+        if not self.should_run_maintenance_tasks:
+            return
         with errors_logged("maintenance"):
             self.run_maintenance_tasks()
         self.last_cleaned_at = now()  # type: ignore[assignment]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import rq.job
@@ -18,9 +19,11 @@ from rq.command import send_shutdown_command
 from rq.executions import ExecutionRegistry
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
+from rq.worker import DequeueStrategy
 
 from embedq.producer import Embeddings, EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.worker import tasks
+from embedq.worker.settings import DequeueStrategyName
 from tests.conftest import Drain, until
 from tests.queue.test_worker import Start, idle_workers, start, workers  # noqa: F401
 
@@ -217,3 +220,7 @@ def test_rqs_shutdown_command_stops_our_worker(queue: EmbedQueue, start: Start) 
 def _only_worker(queue: EmbedQueue) -> str:
     [key] = queue._redis.smembers(keys.WORKERS)
     return str(key.decode().removeprefix(keys.worker("")))
+
+
+def test_the_dequeue_strategies_are_rqs() -> None:
+    assert get_args(DequeueStrategyName) == tuple(strategy.value for strategy in DequeueStrategy)

@@ -144,7 +144,7 @@ def test_jobs_with_empty_callback_fields_have_no_sequel(
 ) -> None:
     """RQ writes the fields empty."""
     followed: list[str] = []
-    monkeypatch.setattr(Sequels, "follow", lambda _self, _queue, job_id: followed.append(job_id))
+    monkeypatch.setattr(Sequels, "follow", lambda _self, _queue, job_id, **_: followed.append(job_id))
     plain, named = enqueue(theirs), enqueue(theirs, on_success=Callback("a.b"))
     drain()
     assert plain.get_status() == "finished"
@@ -191,13 +191,10 @@ def test_a_callback_that_overruns_is_interrupted_and_logged(
     assert "the callback busy of job-1 is not done within 0.2 s; it is interrupted" in caplog.messages
 
 
-def test_a_jam_costs_patience_once_and_then_drops(
-    thread: CallbackThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(callbacks, "PATIENCE_S", 0.5)
+def test_a_jam_costs_patience_once_and_then_drops(thread: CallbackThread, caplog: pytest.LogCaptureFixture) -> None:
     began_at = time.monotonic()
     for number in range(1 + callbacks.QUEUE_CALLS + 20):
-        thread.submit(call("waiting", number, timeout_s=0))
+        thread.submit(call("waiting", number, timeout_s=0), patience_s=0.5)
     assert 0.5 <= time.monotonic() - began_at < 5
     assert 19 <= thread.num_dropped <= 20  # the first may wait in the queue still
     assert sum("too many wait already" in line for line in caplog.messages) == thread.num_dropped
@@ -341,7 +338,7 @@ def left_undone(each_url: str, drain: Drain, monkeypatch: pytest.MonkeyPatch) ->
         first = enqueue(theirs, result_ttl=0)
         second = enqueue(theirs, depends_on=first)
         with monkeypatch.context() as patch:
-            patch.setattr(Sequels, "follow", lambda *_: None)
+            patch.setattr(Sequels, "follow", lambda *_, **__: None)
             drain(at=each_url)
         assert (first.get_status(), second.get_status()) == ("finished", "deferred")
         yield queue, first, second
