@@ -1,5 +1,6 @@
 -- Cancels one job that has not ended yet, whether it waits or runs. A worker that holds it loses its hold: what
--- it publishes later changes nothing. Whoever waits for the result is woken by an entry of RQ's type 3 (stopped).
+-- it publishes later changes nothing; it is told on its channel, so that it encodes the job no further. Whoever waits
+-- for the result is woken by an entry of RQ's type 3 (stopped).
 --
 -- KEYS[1]  the job's hash
 -- KEYS[2]  the job's result stream
@@ -29,6 +30,8 @@ redis.call('ZREM', prefix .. ':deferred:' .. queue, id)
 for _, execution in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
   local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
   end_execution(prefix, queue, id, execution, worker)
+  -- pcall: a user that may not publish can still cancel; the worker then learns of it when it renews its lease.
+  redis.pcall('PUBLISH', prefix .. ':pubsub:' .. worker, cjson.encode({command = 'embedq-cancel', job_id = id}))
 end
 
 redis.call('HSET', KEYS[1], 'status', 'canceled', 'ended_at', now)
