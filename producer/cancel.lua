@@ -6,16 +6,14 @@
 -- KEYS[3]  the job's executions
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  the job id
--- ARGV[3]  now, as RQ writes a time
--- ARGV[4]  now, in seconds
--- ARGV[5]  seconds to keep the canceled job where it doesn't say so itself
+-- ARGV[3]  seconds to keep the canceled job where it doesn't say so itself
 --
 -- Returns the status found: a terminal one means that nothing was changed. False if there is no such job.
 
-local prefix, id, now, now_s = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local prefix, id = ARGV[1], ARGV[2]
 local fields = redis.call('HMGET', KEYS[1], 'status', 'origin', 'failure_ttl')
 local status, queue = fields[1], fields[2]
-local ttl = seconds(fields[3], tonumber(ARGV[5]))
+local ttl = seconds(fields[3], tonumber(ARGV[3]))
 if not status or not queue then
   return false
 end
@@ -31,10 +29,11 @@ for _, execution in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
   end_execution(prefix, queue, id, execution, worker)
 end
 
-redis.call('HSET', KEYS[1], 'status', 'canceled', 'ended_at', now)
+redis.call('HSET', KEYS[1], 'status', 'canceled', 'ended_at', timestamp())
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', 10, '*', 'type', 3, 'worker_name', '')
 -- RQ never clears this registry, so each cancellation drops what is as old as a canceled job can be.
 local canceled = prefix .. ':canceled:' .. queue
+local now_s = math.floor(clock())
 redis.call('ZADD', canceled, now_s, id)
 if ttl == 0 then
   ttl = 60 -- whoever waits for the result is to learn of it

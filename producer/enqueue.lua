@@ -38,9 +38,11 @@ if push == 'LPUSH' then
     fresh[left], fresh[right] = fresh[right], fresh[left]
   end
 end
+local now = timestamp()
 for _, i in ipairs(fresh) do
   local key = prefix .. ARGV[i]
-  redis.call('HSET', key, 'data', ARGV[i + 1], 'description', ARGV[i + 2], 'embedq_texts', ARGV[i + 3], unpack(shared))
+  redis.call('HSET', key, 'data', ARGV[i + 1], 'description', ARGV[i + 2], 'embedq_texts', ARGV[i + 3],
+    'created_at', now, 'enqueued_at', now, unpack(shared))
   if ttl > 0 then
     redis.call('EXPIRE', key, ttl)
   end

@@ -196,8 +196,8 @@ def check_texts(texts: object) -> list[str]:
     return checked
 
 
-def check_text(text: object, index: int) -> None:
-    """Raises InvalidTextError if this cannot be one text of a job."""
+def check_text(text: object, index: int) -> str:
+    """The text. Raises InvalidTextError if it cannot be one of a job."""
     if not isinstance(text, str):
         raise InvalidTextError(f"text {index} is {type(text).__name__}, not a string", index)
     if len(text) > MAX_TEXT_CHARS:
@@ -206,6 +206,7 @@ def check_text(text: object, index: int) -> None:
         )
     if (place := lone_surrogate(text)) is not None:
         raise InvalidTextError(f"text {index} has a lone surrogate at {place}; it is not Unicode", index)
+    return text
 
 
 def lone_surrogate(text: str) -> int | None:

@@ -4,8 +4,7 @@
 -- KEYS[2]  the set of all queues
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  the job id
--- ARGV[3]  now, as RQ writes a time
--- ARGV[4]  'RPUSH', or 'LPUSH' for the head of the queue
+-- ARGV[3]  'RPUSH', or 'LPUSH' for the head of the queue
 --
 -- Returns the status found: unless it is failed, stopped or canceled nothing was changed. False if there is no
 -- such job.
@@ -22,7 +21,7 @@ end
 
 redis.call('ZREM', prefix .. ':failed:' .. queue, id)
 redis.call('ZREM', prefix .. ':canceled:' .. queue, id)
-redis.call('HSET', KEYS[1], 'status', 'queued', 'enqueued_at', ARGV[3], 'started_at', '', 'ended_at', '',
+redis.call('HSET', KEYS[1], 'status', 'queued', 'enqueued_at', timestamp(), 'started_at', '', 'ended_at', '',
   'worker_name', '')
 if fields[3] then
   redis.call('HSET', KEYS[1], 'retries_left', fields[3])
@@ -36,5 +35,5 @@ end
 redis.call('PERSIST', KEYS[1] .. ':dependents')
 redis.call('PERSIST', prefix .. ':job::' .. id .. ':dependencies')
 redis.call('SADD', KEYS[2], prefix .. ':queue:' .. queue)
-redis.call(ARGV[4], prefix .. ':queue:' .. queue, id)
+redis.call(ARGV[3], prefix .. ':queue:' .. queue, id)
 return status

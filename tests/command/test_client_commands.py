@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from embedq.producer import EmbedQueue, JobStatus, QueueConnectionError, formats, keys, wire
+from embedq.producer import EmbedQueue, JobStatus, QueueConnectionError, calls, formats, keys, wire
 from embedq.worker.cli import main
 from tests.conftest import Drain, until
 
@@ -285,16 +285,16 @@ def test_an_unknown_option_before_the_command_is_one_line_too(embedq: Shell) -> 
 def test_a_half_done_enqueueing_prints_the_ids_that_got_through(
     embedq: Shell, queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push, calls = EmbedQueue._push, []
+    do, steps = EmbedQueue._do, []
 
-    def breaks_later(self: EmbedQueue, *args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 2:
+    def breaks_later(self: EmbedQueue, step: calls.Step) -> Any:
+        steps.append(step)
+        if len(steps) == 2:
             raise QueueConnectionError("gone")
-        push(self, *args)
+        return do(self, step)
 
-    monkeypatch.setattr("embedq.producer.queue.CHUNK_JOBS", 2)
-    monkeypatch.setattr(EmbedQueue, "_push", breaks_later)
+    monkeypatch.setattr("embedq.producer.requests.CHUNK_JOBS", 2)
+    monkeypatch.setattr(EmbedQueue, "_do", breaks_later)
     shown = embedq("enqueue", "a", "b", "c")
     assert shown.exit_code == 5
     assert [status.value for status in queue.statuses(shown.stdout.split()).values() if status] == ["queued"] * 2

@@ -31,10 +31,11 @@ from embedq.producer import (
     QueueConnectionError,
     QueueServerError,
     ResultTimeoutError,
+    calls,
     keys,
+    requests,
     wire,
 )
-from embedq.producer import queue as queue_module
 from embedq.producer.connection import connect
 from tests.conftest import Drain, until
 
@@ -78,7 +79,7 @@ def test_many_jobs_keep_their_order(queue: EmbedQueue, drain: Drain) -> None:
 
 
 def test_many_jobs_go_in_bounded_chunks(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_module, "CHUNK_JOBS", 10)
+    monkeypatch.setattr(requests, "CHUNK_JOBS", 10)
     jobs = queue.enqueue_many([str(number) for number in range(25)])
     waiting = queue._redis.lrange(keys.queue("embed"), 0, -1)
     assert [job.id.encode() for job in jobs] == waiting
@@ -155,11 +156,11 @@ def test_bytes_come_back_with_their_ranges_and_long_texts_in_windows(queue: Embe
 
 
 def test_embed_splits_what_is_too_much_for_one_job(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_module, "MAX_JOB_CHARS", 100)
+    monkeypatch.setattr(requests, "MAX_JOB_CHARS", 100)
     texts = ["x" * 60, "y" * 30, "z" * 20, *"ab"]
-    assert [len(part) for part in queue_module._slices(texts, 64)] == [2, 3]
-    assert [len(part) for part in queue_module._slices(texts, 2)] == [2, 2, 1]
-    assert list(queue_module._slices([], 64)) == [[]]
+    assert [len(part) for part in requests.slice_texts(texts, 64)] == [2, 3]
+    assert [len(part) for part in requests.slice_texts(texts, 2)] == [2, 2, 1]
+    assert list(requests.slice_texts([], 64)) == []
 
 
 def test_embed_that_times_out_leaves_nothing_waiting(queue: EmbedQueue) -> None:
@@ -225,7 +226,7 @@ def test_a_bad_text_late_in_a_stream_enqueues_nothing(queue: EmbedQueue) -> None
 def test_an_id_that_is_taken_in_a_later_chunk_names_the_jobs_that_got_through(
     queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue_module, "CHUNK_JOBS", 2)
+    monkeypatch.setattr(requests, "CHUNK_JOBS", 2)
     queue.enqueue("other", job_id="c")
     with pytest.raises(PartialEnqueueError, match="2 of 3 jobs are enqueued; then: job id c is taken") as caught:
         queue.enqueue_many(["x", "y", "z"], job_ids=["a", "b", "c"])
@@ -235,16 +236,16 @@ def test_an_id_that_is_taken_in_a_later_chunk_names_the_jobs_that_got_through(
 def test_a_connection_that_breaks_between_chunks_names_the_jobs_that_got_through(
     queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue_module, "CHUNK_JOBS", 2)
-    push, calls = queue._push, []
+    monkeypatch.setattr(requests, "CHUNK_JOBS", 2)
+    do, steps = queue._do, []
 
-    def breaks_later(*args: object) -> None:
-        calls.append(args)
-        if len(calls) == 3:
+    def breaks_later(step: calls.Step) -> object:
+        steps.append(step)
+        if len(steps) == 3:
             raise QueueConnectionError("gone")
-        push(*args)  # type: ignore[arg-type]
+        return do(step)
 
-    monkeypatch.setattr(queue, "_push", breaks_later)
+    monkeypatch.setattr(queue, "_do", breaks_later)
     with pytest.raises(PartialEnqueueError, match="4 of 7 jobs are enqueued; then: gone") as caught:
         queue.enqueue_many([str(number) for number in range(7)])
     assert list(queue.statuses(caught.value.job_ids).values()) == [JobStatus.QUEUED] * 4
