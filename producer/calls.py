@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 from embedq.producer import keys, requests
 from embedq.producer.errors import DuplicateJobError, EmbedqError, JobStateError, PartialEnqueueError
-from embedq.producer.options import FAILURE_TTL_S, JobSettings, check_job_id
+from embedq.producer.options import check_job_id
 from embedq.producer.outcomes import not_found, read_status
 from embedq.producer.requests import Request
+from embedq.producer.settings import FAILURE_TTL_S, JobSettings
 from embedq.producer.status import JobStatus
 
 #: RQ's time limit of a job, which only a stock `rq worker` applies: 1,024 long texts on one CPU.

@@ -15,20 +15,15 @@ from typing import Any, Self, TypeVar, Unpack
 import redis
 
 from embedq.producer import calls, requests, scripts
+from embedq.producer.checks import lone_surrogate, shown
 from embedq.producer.connection import DEFAULT_URL, check_client, connect, translated_errors
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import ConfigurationError, EmbedqError, QueueConnectionError, ResultTimeoutError
 from embedq.producer.jobs import EmbedJob
-from embedq.producer.options import (
-    EnqueueKeywords,
-    check_job_id,
-    check_text,
-    lone_surrogate,
-    shown,
-    split_keywords,
-)
+from embedq.producer.options import check_job_id, check_text
 from embedq.producer.outcomes import Outcome
 from embedq.producer.results import ResultReader
+from embedq.producer.settings import EnqueueKeywords, split_keywords
 from embedq.producer.status import JobStatus
 
 Result = TypeVar("Result")

@@ -12,11 +12,11 @@ from embedq.producer.errors import InvalidJobIdError, InvalidTextError
 from embedq.producer.options import (
     MAX_JOB_CHARS,
     EmbedOptions,
-    JobSettings,
     check_job_id,
     check_text,
     check_texts,
 )
+from embedq.producer.settings import JobSettings
 
 #: Bounds of one call of enqueue.lua: it holds the server up for some 10 ms.
 CHUNK_JOBS = 1000
