@@ -31,6 +31,7 @@ from embedq.producer.options import EmbedOptions
 from embedq.producer.queue import EmbedQueue
 from embedq.producer.serializer import EmbedSerializer
 from embedq.producer.status import JobStatus
+from embedq.producer.streaming import TextEmbedding
 
 __all__ = [
     "ConfigurationError",
@@ -56,6 +57,7 @@ __all__ = [
     "QueueFull",
     "QueueServerError",
     "ResultTimeoutError",
+    "TextEmbedding",
     "Timings",
     "WireError",
 ]
