@@ -26,6 +26,7 @@ from embedq.producer.errors import (
     ResultTimeoutError,
     WireError,
 )
+from embedq.producer.groups import JobGroup
 from embedq.producer.jobs import EmbedJob
 from embedq.producer.options import EmbedOptions
 from embedq.producer.queue import EmbedQueue
@@ -48,6 +49,7 @@ __all__ = [
     "InvalidTextError",
     "JobCanceledError",
     "JobFailedError",
+    "JobGroup",
     "JobNotFoundError",
     "JobStateError",
     "JobStatus",

@@ -22,6 +22,7 @@ from embedq.producer.checks import lone_surrogate, shown
 from embedq.producer.connection import DEFAULT_URL, check_client, connect, describe, translate
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError, JobFailedError, ResultTimeoutError
+from embedq.producer.groups import JobGroup
 from embedq.producer.jobs import EmbedJob
 from embedq.producer.options import EmbedOptions, check_job_id, check_text
 from embedq.producer.outcomes import Outcome, Watch
@@ -259,6 +260,10 @@ class EmbedQueue:
         """
         ids = job_ids_of(jobs)
         return ((EmbedJob(job_id, self), outcome) for job_id, outcome in self._outcomes(list(ids), timeout))
+
+    def group(self, name: str) -> JobGroup:
+        """The jobs enqueued with `group=name`. Raises InvalidOptionError for what is no name."""
+        return JobGroup(name, self)
 
     # --- changing jobs
 
