@@ -116,7 +116,9 @@ def enqueue(
         yield Pause(pause)
 
 
-def enqueue_in_chunks(queue: str, jobs: Sequence[Request], settings: JobSettings) -> Operation[frozenset[str]]:
+def enqueue_in_chunks(
+    queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start = NOW
+) -> Operation[frozenset[str]]:
     """A step per chunk. Raises what `enqueue` raises, and PartialEnqueueError if a chunk after the first fails."""
     if settings.dedupe:
         jobs = requests.distinct(jobs)
@@ -124,7 +126,7 @@ def enqueue_in_chunks(queue: str, jobs: Sequence[Request], settings: JobSettings
     sent = 0
     for chunk in requests.chunks(jobs, settings):
         try:
-            known |= yield from enqueue(queue, chunk, settings)
+            known |= yield from enqueue(queue, chunk, settings, start)
         except EmbedqError as err:
             if not sent:
                 raise

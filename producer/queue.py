@@ -6,9 +6,6 @@ Knows the public surface and does the round trips; what is asked of Redis is in 
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -25,15 +22,15 @@ from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextE
 from embedq.producer.groups import JobGroup
 from embedq.producer.jobs import EmbedJob
 from embedq.producer.options import EmbedOptions, check_job_id, check_text
-from embedq.producer.outcomes import Outcome, Watch
+from embedq.producer.outcomes import Outcome
 from embedq.producer.results import ResultReader
 from embedq.producer.settings import EnqueueKeywords, JobSettings, job_ids_of, split_keywords
 from embedq.producer.status import JobStatus
+from embedq.producer.stream_driver import embed_texts, give_up
 from embedq.producer.streaming import (
     SHARING_KEYWORDS,
     SILENCE_S,
     WINDOW_TEXTS,
-    Enqueued,
     OnError,
     StreamSettings,
     TextEmbedding,
@@ -134,16 +131,17 @@ class EmbedQueue:
         texts: Iterable[str],
         *,
         job_ids: Iterable[str] | None = None,
+        delay: float | timedelta = 0,
         **keywords: Unpack[EnqueueKeywords],
     ) -> list[EmbedJob]:
         """One job a text, in order; a round trip per thousand. All texts are checked before the first is sent.
 
         Raises as `enqueue` does, and PartialEnqueueError, which lists the jobs that got through, if a chunk after
-        the first fails. `job_ids` must be as many as the texts.
+        the first fails. `job_ids` must be as many as the texts; `delay` as in `enqueue_in`.
         """
         options, settings = self._split(keywords)
         made = requests.one_a_text(self.name, texts, job_ids, options, settings)
-        self._run(calls.enqueue_in_chunks(self.name, made, settings))
+        self._run(calls.enqueue_in_chunks(self.name, made, settings, calls.start_in(delay)))
         return [EmbedJob(request.job_id, self) for request in made]
 
     def embed(
@@ -218,7 +216,7 @@ class EmbedQueue:
             ),
             None if cache_ttl is None else VectorCache(options, cache_ttl),
         )
-        return self._stream(stream, iter(texts), timeout)
+        return embed_texts(self._run, self._client, stream, iter(texts), timeout)
 
     # --- following jobs
 
@@ -362,48 +360,12 @@ class EmbedQueue:
                 parts[job_id] = outcome
         except BaseException:
             if not settings.dedupe:  # else others may wait for the same jobs
-                self._give_up(job_ids)
+                give_up(self._run, job_ids)
             raise
         return Embeddings.concatenate([parts[job_id] for job_id in job_ids])
 
-    def _stream(self, stream: TextStream, source: Iterator[str], timeout: float | None) -> Iterator[TextEmbedding]:
-        reader, watch = ResultReader(self._client), Watch()
-
-        def wait_for(jobs: Enqueued) -> None:
-            watch.add_fresh(jobs.fresh)
-            while ended := reader.look(watch, jobs.known):
-                jobs = self._run(stream.take(ended))
-                watch.add_fresh(jobs.fresh)
-
-        is_exhausted, silent_s = False, 0.0
-        try:
-            while not (is_exhausted and stream.is_empty):
-                room = 0 if is_exhausted else stream.room
-                texts = list(itertools.islice(source, room))
-                is_exhausted = is_exhausted or len(texts) < room
-                wait_for(self._run(stream.fill(texts)))
-                yield from stream.pop_ready()
-                if not watch:
-                    continue
-                began = time.monotonic()
-                must_wait = is_exhausted or not stream.room
-                left = math.inf if timeout is None else max(0.0, timeout - silent_s)
-                news = reader.read(watch, left if must_wait else 0)
-                silent_s = 0.0 if news or not must_wait else silent_s + time.monotonic() - began
-                if timeout is not None and silent_s >= timeout:
-                    raise ResultTimeoutError(f"no result for {timeout:g} s; what still waited is canceled")
-                wait_for(self._run(stream.take(news)))
-                yield from stream.pop_ready()
-        finally:
-            self._give_up(stream.waiting_jobs())
-
     def _outcomes(self, job_ids: list[str], timeout: float | None) -> Iterator[tuple[str, Outcome]]:
         return ResultReader(self._client).outcomes(job_ids, timeout)
-
-    def _give_up(self, job_ids: list[str]) -> None:
-        """The error under way matters more than one from here; what cannot be canceled expires by itself."""
-        with contextlib.suppress(EmbedqError):
-            self._run(calls.cancel_all(job_ids))
 
 
 def _texts_per_job(options: EmbedOptions) -> int:
