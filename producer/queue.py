@@ -172,7 +172,9 @@ class EmbedQueue:
             try:
                 found = self._embed(missing, options, settings, timeout).split()
             except JobFailedError as err:
-                raise err if err.text_index is None else err.of_text(places[err.text_index]) from err
+                if err.text_index is None:
+                    raise
+                raise err.of_text(places[err.text_index]) from err
             self._run(cache.store(zip(missing, found, strict=True)))
             for place, part in zip(places, found, strict=True):
                 parts[place] = part
