@@ -349,14 +349,13 @@ class EmbedQueue:
         job_ids = [request.job_id for request in made]  # under dedupe one may stand twice
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            self._run(calls.enqueue_in_chunks(self.name, made, settings))
+            self._run(calls.enqueue_own(self.name, made, settings))
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             parts: dict[str, Embeddings] = {}
-            for job_id, outcome in self._outcomes(job_ids, left):
+            for job_id, outcome in self._outcomes(job_ids, left, are_fresh=not settings.dedupe):
                 if isinstance(outcome, ResultTimeoutError):
-                    raise ResultTimeoutError(
-                        f"{len(texts):,} texts took more than {timeout:g} s; what still waited is canceled"
-                    )
+                    rest = "they go on" if settings.dedupe else "what still waited is canceled"
+                    raise ResultTimeoutError(f"{len(texts):,} texts took more than {timeout:g} s; {rest}")
                 if isinstance(outcome, EmbedqError):
                     raise requests.failure_in(made, job_id, outcome)
                 parts[job_id] = outcome
@@ -366,8 +365,10 @@ class EmbedQueue:
             raise
         return Embeddings.concatenate([parts[job_id] for job_id in job_ids])
 
-    def _outcomes(self, job_ids: list[str], timeout: float | None) -> Iterator[tuple[str, Outcome]]:
-        return ResultReader(self._client).outcomes(job_ids, timeout)
+    def _outcomes(
+        self, job_ids: list[str], timeout: float | None, *, are_fresh: bool = False
+    ) -> Iterator[tuple[str, Outcome]]:
+        return ResultReader(self._client).outcomes(job_ids, timeout, are_fresh=are_fresh)
 
 
 def _texts_per_job(options: EmbedOptions) -> int:

@@ -27,16 +27,22 @@ class ResultReader:
         timeout = client.connection_pool.connection_kwargs.get("socket_timeout")
         self._slice_s = min(LOOK_AGAIN_S, timeout / 2) if timeout else LOOK_AGAIN_S
 
-    def outcomes(self, job_ids: Iterable[str], timeout_s: float | None) -> Iterator[tuple[str, Outcome]]:
+    def outcomes(
+        self, job_ids: Iterable[str], timeout_s: float | None, *, are_fresh: bool = False
+    ) -> Iterator[tuple[str, Outcome]]:
         """Each job once, about as it ends; what has not ended in time comes last, as ResultTimeoutError.
 
-        `timeout_s` None waits for good, 0 only looks.
+        `timeout_s` None waits for good, 0 only looks. Jobs that were just made, of which nobody else knows, need no
+        look before the wait.
         """
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         watch = Watch()
         ids = list(dict.fromkeys(job_ids))
-        for start in range(0, len(ids), WINDOW):
-            yield from self.look(watch, ids[start : start + WINDOW])
+        if are_fresh:
+            watch.add_fresh(ids)
+        else:
+            for start in range(0, len(ids), WINDOW):
+                yield from self.look(watch, ids[start : start + WINDOW])
         while watch and (left_s := deadline - time.monotonic()) > 0:
             yield from self.read(watch, left_s)
         yield from ((job_id, timed_out(job_id, timeout_s)) for job_id in watch.ids())

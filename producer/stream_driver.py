@@ -50,7 +50,7 @@ def embed_texts(
             news = reader.read(watch, left_s if must_wait else 0)
             silent_s = 0.0 if news or not must_wait else silent_s + time.monotonic() - began
             if timeout_s is not None and must_wait and silent_s >= timeout_s:
-                raise ResultTimeoutError(f"no result for {timeout_s:g} s; what still waited is canceled")
+                raise ResultTimeoutError(f"no text of the stream came back for {timeout_s:g} s; is a worker running?")
             wait_for(run(stream.take(news)))
             yield from stream.pop_ready()
     finally:

@@ -126,7 +126,7 @@ class TextStream:
         return [] if self._job_settings.dedupe else list(self._parts)
 
     def fill(self, texts: Sequence[Any]) -> Operation[Enqueued]:
-        """Takes texts; those that the cache lacks are enqueued. Raises as `enqueue_many`."""
+        """Takes texts; those that the cache lacks are enqueued. Raises as `enqueue`."""
         first, self._taken = self._taken, self._taken + len(texts)
         places, checked = [], []
         for place, text in enumerate(texts, start=first):
@@ -188,7 +188,7 @@ class TextStream:
             span = slice(start, start + job.num_texts)
             self._parts.setdefault(job.job_id, []).append(_Part(places[span], texts[span]))
             start += job.num_texts
-        known = yield from calls.enqueue_in_chunks(self._queue, jobs, self._job_settings)
+        known = yield from calls.enqueue_own(self._queue, jobs, self._job_settings)
         if self._job_settings.dedupe:  # also one that starts afresh: its stream has the entry of its failure
             known = frozenset(job.job_id for job in jobs)
         ids = [job_id for job_id in dict.fromkeys(job.job_id for job in jobs) if job_id not in under_way]
