@@ -45,6 +45,11 @@ def results(job_id: str) -> str:
     return f"{PREFIX}:results:{job_id}"
 
 
+def staged_results(job_id: str, execution_id: str) -> str:
+    """A result stream on its way to `results`; gone with the transaction that made it. Ours, RQ has no such key."""
+    return f"{results(job_id)}:{execution_id}"
+
+
 def dependents(job_id: str) -> str:
     """Set of the jobs that wait for this one."""
     return f"{JOB_PREFIX}{job_id}:dependents"

@@ -375,11 +375,6 @@ def _texts_per_job(options: EmbedOptions) -> int:
     return TEXTS_PER_TOKEN_JOB if options.output == "tokens" else TEXTS_PER_EMBED_JOB
 
 
-def format_time(moment: datetime) -> str:
-    """As RQ writes a time into its hashes: UTC with microseconds."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
 def check_queue_name(name: object) -> str:
     """Raises ConfigurationError."""
     if not isinstance(name, str) or not name or lone_surrogate(name) is not None:
