@@ -232,7 +232,7 @@ class EmbedQueue:
         return self._run(calls.status(job_id))
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, JobStatus | None]:
-        """One round trip; None for a job that is not there."""
+        """One round trip for ten thousand; None for a job that is not there."""
         return self._run(calls.statuses(job_ids))
 
     def result(self, job_id: str, timeout: float | None = 30) -> Embeddings:
