@@ -21,15 +21,18 @@ from embedq.producer.errors import (
     PartialEnqueueError,
     QueueAccessError,
     QueueConnectionError,
+    QueueFull,
     QueueServerError,
     ResultTimeoutError,
     WireError,
 )
+from embedq.producer.groups import JobGroup
 from embedq.producer.jobs import EmbedJob
 from embedq.producer.options import EmbedOptions
 from embedq.producer.queue import EmbedQueue
 from embedq.producer.serializer import EmbedSerializer
 from embedq.producer.status import JobStatus
+from embedq.producer.streaming import TextEmbedding
 
 __all__ = [
     "ConfigurationError",
@@ -46,14 +49,17 @@ __all__ = [
     "InvalidTextError",
     "JobCanceledError",
     "JobFailedError",
+    "JobGroup",
     "JobNotFoundError",
     "JobStateError",
     "JobStatus",
     "PartialEnqueueError",
     "QueueAccessError",
     "QueueConnectionError",
+    "QueueFull",
     "QueueServerError",
     "ResultTimeoutError",
+    "TextEmbedding",
     "Timings",
     "WireError",
 ]

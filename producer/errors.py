@@ -10,6 +10,7 @@
     │   └── QueueAccessError                 Redis wants other credentials or permissions
     ├── PartialEnqueueError                  an error between two chunks of enqueue_many   (job_ids, retryable)
     ├── QueueServerError                     Redis refused a command: out of memory, ...   (retryable)
+    ├── QueueFull                            the queue has as many jobs as it may hold     (retryable)
     ├── DuplicateJobError                    the job id is taken by another request
     ├── JobNotFoundError                     never existed, expired or was deleted
     ├── JobStateError                        the job's status does not allow the operation
@@ -88,6 +89,13 @@ class QueueServerError(EmbedqError):
     retryable = True
 
 
+class QueueFull(EmbedqError):  # noqa: N818  (a state of the queue, as queue.Full)
+    """Nothing of the call, or of its last chunk, was enqueued."""
+
+    code = "queue_full"
+    retryable = True
+
+
 class DuplicateJobError(EmbedqError):
     code = "duplicate_job"
 
@@ -138,6 +146,10 @@ class JobFailedError(EmbedqError):
             "text_index": self.text_index,
         }
         return type(self), (self.message,), state
+
+    def of_text(self, index: int) -> JobFailedError:
+        """The same failure in the caller's count of texts, where a job held only some of them."""
+        return JobFailedError(self.message, code=self.code, retryable=self.retryable, text_index=index)
 
     @classmethod
     def abandoned(cls) -> JobFailedError:

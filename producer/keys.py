@@ -22,6 +22,9 @@ SUSPENDED = f"{PREFIX}:suspended"
 #: Set of the names of all rate limits in use.
 RATE_LIMITS = f"{PREFIX}:rl-keys"
 
+#: Set of the names of all groups.
+GROUPS = f"{PREFIX}:groups"
+
 #: What precedes a job's id in its key.
 JOB_PREFIX = f"{PREFIX}:job:"
 
@@ -123,3 +126,18 @@ def worker_channel(name: str) -> str:
 def worker_claim(name: str) -> str:
     """The nonce of a worker's last claim; ours, RQ has no such key."""
     return f"{PREFIX}:worker:{name}:claim"
+
+
+def worker_commands(name: str) -> str:
+    """Channel on which a worker hears RQ's commands, and `embedq-cancel` from cancel.lua."""
+    return f"{PREFIX}:pubsub:{name}"
+
+
+def group(name: str) -> str:
+    """Set of the ids of a group's jobs."""
+    return f"{PREFIX}:group:{name}"
+
+
+def vector(content_hash: str) -> str:
+    """The cached embedding of one text; ours, RQ has no such key."""
+    return f"{PREFIX}:embedq:vector:{content_hash}"

@@ -18,7 +18,7 @@ from redis.exceptions import NoScriptError
 
 from embedq.producer import keys, scripts, wire
 from embedq.producer.errors import JobFailedError
-from embedq.producer.options import FAILURE_TTL_S, RESULT_TTL_S
+from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S
 
 #: Bytes of a result from which it goes past the script's arguments.
 STAGE_FROM_BYTES = 32 * 1024

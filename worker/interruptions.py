@@ -13,7 +13,7 @@ import redis
 
 from embedq.producer import keys, scripts, wire
 from embedq.producer.errors import JobFailedError
-from embedq.producer.options import FAILURE_TTL_S
+from embedq.producer.settings import FAILURE_TTL_S
 from embedq.worker.claims import Claim
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.sequels import Sequels

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import redis
+from rq import SimpleWorker
+from rq.command import PUBSUB_CHANNEL_TEMPLATE, handle_command, parse_payload
 
 from embedq.model import NoopEncoder, dequantize, shipped_ranges
 from embedq.producer import (
@@ -31,11 +33,13 @@ from embedq.producer import (
     QueueConnectionError,
     QueueServerError,
     ResultTimeoutError,
+    calls,
     keys,
+    requests,
     wire,
 )
-from embedq.producer import queue as queue_module
 from embedq.producer.connection import connect
+from embedq.worker.claims import ClaimStore
 from tests.conftest import Drain, until
 
 
@@ -78,10 +82,36 @@ def test_many_jobs_keep_their_order(queue: EmbedQueue, drain: Drain) -> None:
 
 
 def test_many_jobs_go_in_bounded_chunks(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_module, "CHUNK_JOBS", 10)
+    monkeypatch.setattr(requests, "CHUNK_JOBS", 10)
     jobs = queue.enqueue_many([str(number) for number in range(25)])
     waiting = queue._redis.lrange(keys.queue("embed"), 0, -1)
     assert [job.id.encode() for job in jobs] == waiting
+
+
+def test_round_trips_are_few(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    do, steps = queue._do, []
+
+    def counted(step: calls.Step) -> object:
+        steps.append(type(step).__name__)
+        return do(step)
+
+    monkeypatch.setattr(queue, "_do", counted)
+    queue.enqueue(["a"] * 1024)
+    assert steps == ["ScriptCall"]
+    jobs = queue.enqueue_many(["a"] * 2500)
+    assert steps == ["ScriptCall"] * 4
+    queue._redis.config_resetstat()
+    queue.enqueue_many(["b"] * 1000)
+    stats = queue._redis.info("commandstats")
+    assert {name: stats[f"cmdstat_{name}"]["calls"] for name in ("evalsha", "exists", "rpush", "sadd", "hset")} == {
+        **dict.fromkeys(("evalsha", "exists", "rpush", "sadd"), 1),
+        "hset": 1000,
+    }
+    steps.clear()
+    assert set(queue.statuses(job.id for job in jobs).values()) == {JobStatus.QUEUED}
+    assert steps == ["Commands"]
+    queue._run(calls.cancel_all(job.id for job in jobs[:200]))
+    assert steps == ["Commands", "ScriptCall", "ScriptCall"]
 
 
 def test_at_front_keeps_the_order_of_one_call(queue: EmbedQueue) -> None:
@@ -155,11 +185,11 @@ def test_bytes_come_back_with_their_ranges_and_long_texts_in_windows(queue: Embe
 
 
 def test_embed_splits_what_is_too_much_for_one_job(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_module, "MAX_JOB_CHARS", 100)
+    monkeypatch.setattr(requests, "MAX_JOB_CHARS", 100)
     texts = ["x" * 60, "y" * 30, "z" * 20, *"ab"]
-    assert [len(part) for part in queue_module._slices(texts, 64)] == [2, 3]
-    assert [len(part) for part in queue_module._slices(texts, 2)] == [2, 2, 1]
-    assert list(queue_module._slices([], 64)) == [[]]
+    assert [len(part) for part in requests.slice_texts(texts, 64)] == [2, 3]
+    assert [len(part) for part in requests.slice_texts(texts, 2)] == [2, 2, 1]
+    assert list(requests.slice_texts([], 64)) == []
 
 
 def test_embed_that_times_out_leaves_nothing_waiting(queue: EmbedQueue) -> None:
@@ -225,7 +255,7 @@ def test_a_bad_text_late_in_a_stream_enqueues_nothing(queue: EmbedQueue) -> None
 def test_an_id_that_is_taken_in_a_later_chunk_names_the_jobs_that_got_through(
     queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue_module, "CHUNK_JOBS", 2)
+    monkeypatch.setattr(requests, "CHUNK_JOBS", 2)
     queue.enqueue("other", job_id="c")
     with pytest.raises(PartialEnqueueError, match="2 of 3 jobs are enqueued; then: job id c is taken") as caught:
         queue.enqueue_many(["x", "y", "z"], job_ids=["a", "b", "c"])
@@ -235,16 +265,16 @@ def test_an_id_that_is_taken_in_a_later_chunk_names_the_jobs_that_got_through(
 def test_a_connection_that_breaks_between_chunks_names_the_jobs_that_got_through(
     queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue_module, "CHUNK_JOBS", 2)
-    push, calls = queue._push, []
+    monkeypatch.setattr(requests, "CHUNK_JOBS", 2)
+    do, steps = queue._do, []
 
-    def breaks_later(*args: object) -> None:
-        calls.append(args)
-        if len(calls) == 3:
+    def breaks_later(step: calls.Step) -> object:
+        steps.append(step)
+        if len(steps) == 3:
             raise QueueConnectionError("gone")
-        push(*args)  # type: ignore[arg-type]
+        return do(step)
 
-    monkeypatch.setattr(queue, "_push", breaks_later)
+    monkeypatch.setattr(queue, "_do", breaks_later)
     with pytest.raises(PartialEnqueueError, match="4 of 7 jobs are enqueued; then: gone") as caught:
         queue.enqueue_many([str(number) for number in range(7)])
     assert list(queue.statuses(caught.value.job_ids).values()) == [JobStatus.QUEUED] * 4
@@ -501,3 +531,55 @@ def test_both_redis_protocols_do(url: str, drain: Drain, protocol: int) -> None:
         with pytest.raises(JobCanceledError):
             waiting.result(timeout=10)
         timer.join()
+
+
+def test_the_answer_is_the_same_when_redis_py_sends_a_call_again(
+    each_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EmbedQueue(each_url, max_depth=1) as queue:
+        do = queue._do
+
+        def sends_twice(step: calls.Step) -> object:
+            do(step)  # whose reply was lost
+            return do(step)
+
+        monkeypatch.setattr(queue, "_do", sends_twice)
+        job = queue.enqueue("a")
+        assert job.cancel() is True
+        assert job.cancel() is False
+        job.requeue()
+        with pytest.raises(JobStateError):
+            job.requeue()
+        assert queue._redis.lrange(keys.queue("embed"), 0, -1) == [job.id.encode()]
+        assert job.cancel() is True
+
+
+def test_cancel_tells_the_worker_that_has_the_job_at_once(queue: EmbedQueue) -> None:
+    mine, waiting = queue.enqueue("a"), queue.enqueue("b")
+    ClaimStore(queue._client, "w", 30).claim(["embed"], 1, 10**9)
+    with queue._redis.pubsub(ignore_subscribe_messages=True) as channel:
+        channel.subscribe(keys.worker_commands("w"))
+        channel.get_message(timeout=5)
+        waiting.cancel()
+        mine.cancel()
+        message = channel.get_message(timeout=5)
+    assert message["channel"] == (PUBSUB_CHANNEL_TEMPLATE % "w").encode()
+    assert parse_payload(message) == {"command": "embedq-cancel", "job_id": mine.id}
+
+
+def test_a_stock_worker_takes_no_notice_of_our_command(queue: EmbedQueue, caplog: pytest.LogCaptureFixture) -> None:
+    worker = SimpleWorker(["embed"], connection=queue._client)
+    handle_command(worker, {"command": "embedq-cancel", "job_id": "x"})
+    assert caplog.records == []
+
+
+def test_what_the_callers_own_iterators_raise_passes_through(queue: EmbedQueue) -> None:
+    def numbers() -> Iterator[str]:
+        yield "a"
+        int("no number")
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        queue.enqueue_many(numbers(), job_ids=["a", "b"])
+    with pytest.raises(ValueError, match="invalid literal"):
+        queue.enqueue_many(["a", "b"], job_ids=numbers())
+    assert all_keys(queue) == set()

@@ -1,0 +1,156 @@
+"""What became of jobs, read from their hashes and result streams. Pure: says what to ask of Redis and reads the
+replies; `results` asks.
+"""
+
+from __future__ import annotations
+
+import binascii
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pybase64
+
+from embedq.producer import keys, wire
+from embedq.producer.embeddings import Embeddings
+from embedq.producer.errors import (
+    EmbedqError,
+    JobCanceledError,
+    JobFailedError,
+    JobNotFoundError,
+    ResultTimeoutError,
+    WireError,
+)
+from embedq.producer.status import JobStatus
+
+#: What a job came to: its embeddings, or why there are none.
+Outcome = Embeddings | EmbedqError
+
+#: Seconds of silence after which the watched jobs' statuses are looked at: a job that expired, or that another RQ
+#: tool canceled, ends without an entry in its stream.
+LOOK_AGAIN_S = 2.0
+
+_SUCCESSFUL, _STOPPED, _RETRIED = b"1", b"3", b"4"  # of rq.results.Result.Type
+_FIRST = b"0-0"
+
+
+class Watch:
+    """Jobs that are waited for, each with the last entry of its result stream that was seen."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def ids(self) -> list[str]:
+        return list(self._last)
+
+    def add_fresh(self, job_ids: Iterable[str]) -> None:
+        """Jobs whose streams have no entries but the one to come: those just made."""
+        self._last.update(dict.fromkeys(job_ids, _FIRST))
+
+    def drop(self, job_id: str) -> None:
+        self._last.pop(job_id, None)
+
+    @staticmethod
+    def look_commands(job_ids: Iterable[str]) -> list[tuple[Any, ...]]:
+        """To be asked in one transaction: status and last entry of each job."""
+        commands: list[tuple[Any, ...]] = []
+        for job_id in job_ids:
+            commands.append(("HGET", keys.job(job_id), "status"))
+            commands.append(("XREVRANGE", keys.results(job_id), "+", "-", "COUNT", 1))
+        return commands
+
+    def looked(self, job_ids: Sequence[str], replies: Sequence[Any]) -> Iterator[tuple[str, Outcome]]:
+        """Outcomes of the jobs that have ended; the others are watched from here on."""
+        for job_id, field, entries in zip(job_ids, replies[::2], replies[1::2], strict=True):
+            entry = entries[0] if entries else None
+            outcome = _ended(job_id, read_status(field), entry)
+            if outcome is None:
+                self._last[job_id] = entry[0] if entry else _FIRST
+            else:
+                self.drop(job_id)
+                yield job_id, outcome
+
+    def rotate(self, number: int) -> None:
+        """Puts the first so many behind the others."""
+        for job_id in self.ids()[:number]:
+            self._last[job_id] = self._last.pop(job_id)
+
+    def streams(self, at_most: int | None = None) -> dict[str, bytes]:
+        """What XREAD takes, of the first so many."""
+        return {keys.results(job_id): last for job_id, last in itertools.islice(self._last.items(), at_most)}
+
+    def news(self, reply: Any) -> Iterator[tuple[str, Outcome]]:
+        """Outcomes of the jobs that XREAD's reply tells of; they are watched no longer."""
+        ids = {keys.results(job_id).encode(): job_id for job_id in self._last}
+        for key, entries in _streams(reply):
+            job_id = ids[key]
+            entry_id, fields = entries[-1]
+            if fields.get(b"type") == _RETRIED:
+                self._last[job_id] = entry_id
+            else:
+                self.drop(job_id)
+                yield job_id, entry_outcome(job_id, fields)
+
+
+def not_found(job_id: str) -> JobNotFoundError:
+    return JobNotFoundError(f"there is no job {job_id}: it never existed, or it expired")
+
+
+def timed_out(job_id: str, timeout_s: float | None) -> ResultTimeoutError:
+    return ResultTimeoutError(f"no result of job {job_id} within {timeout_s:g} s; the job goes on, ask again later")
+
+
+def read_status(field: bytes | None) -> JobStatus | None:
+    """RQ's `status` field; a state that this version doesn't know counts as created."""
+    if field is None:
+        return None
+    try:
+        return JobStatus(field.decode(errors="replace"))
+    except ValueError:
+        return JobStatus.CREATED
+
+
+def entry_outcome(job_id: str, fields: Mapping[bytes, bytes]) -> Outcome:
+    """One entry of a result stream as what it means."""
+    kind = fields.get(b"type")
+    try:
+        if kind == _STOPPED:
+            return JobCanceledError(f"job {job_id} was canceled")
+        if kind == _SUCCESSFUL:
+            return _decode_return_value(fields.get(b"return_value", b""))
+        return wire.decode_exc_string(fields.get(b"exc_string", b""))
+    except WireError as err:
+        return err
+
+
+def _ended(job_id: str, status: JobStatus | None, entry: Any) -> Outcome | None:
+    """None of a job that has not ended; `entry` is the last of its stream."""
+    if status is None:
+        return not_found(job_id)
+    if status is JobStatus.CANCELED:
+        return JobCanceledError(f"job {job_id} was canceled")
+    if not status.is_terminal:
+        return None
+    if entry is not None:
+        return entry_outcome(job_id, entry[1])
+    if status is JobStatus.FINISHED:
+        return JobNotFoundError(f"the result of job {job_id} has expired; enqueue it again with a longer result_ttl")
+    return JobFailedError("the job failed and left no reason", code="unknown")
+
+
+def _decode_return_value(field: bytes) -> Embeddings:
+    """RQ's `return_value` field: base64 of a serialized value. Raises WireError."""
+    try:
+        return wire.decode_result(pybase64.b64decode(field, validate=True))
+    except binascii.Error as err:
+        raise WireError("the result in Redis is not base64") from err
+
+
+def _streams(reply: Any) -> Iterable[tuple[bytes, Any]]:
+    """XREAD's answer: a list of pairs under RESP2, a dict of nested lists under RESP3."""
+    if isinstance(reply, dict):
+        return [(key, batches[0]) for key, batches in reply.items()]
+    return reply or ()
