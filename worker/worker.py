@@ -250,7 +250,7 @@ class EmbedWorker(SimpleWorker):
                 claimed += len(found.claims)
                 if found.state == "suspended":
                     self.check_for_suspension(burst)
-                elif found.state == "empty" and not self._await_jobs(burst, max_idle_s):
+                elif found.state == "empty" and claimed != max_jobs and not self._await_jobs(burst, max_idle_s):
                     break
                 reconnect_s = RECONNECT_FIRST_S
             except StopRequested:
