@@ -1,4 +1,4 @@
-"""The stages behind the claim, each on its thread: tokenize and plan, encode, publish; and the buffers between them.
+"""The stages behind the claim, on threads of their own: tokenize and plan, encode, publish; and the buffers between.
 
 A stage that is behind holds up the one before it, back to the claims, so memory is bounded by `Bounds`. Knows threads,
 order and bounds; what a stage does to a job is `Stages`'.
@@ -21,6 +21,8 @@ from embedq.worker.planning import ReadyJob, ReadyTexts
 #: What one publication takes together: it holds the server up for some 10 ms.
 PUBLISH_JOBS = 512
 PUBLISH_BYTES = 4 * 1024 * 1024
+#: Threads that publish: while one waits for Redis, the other serializes.
+PUBLISHERS = 2
 #: Bytes of vectors that may wait to be published, beyond which nothing more is encoded.
 OUTBOX_BYTES = 64 * 1024 * 1024
 
@@ -39,7 +41,8 @@ class Stages(Protocol):
     def encode(self, batch: Sequence[Piece]) -> list[Work]:
         """The jobs that are done with this micro-batch, failed ones too."""
 
-    def publish(self, done: Sequence[Done]) -> None: ...
+    def publish(self, done: Sequence[Done]) -> None:
+        """Called from several threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +91,12 @@ class Pipeline:
         self._stages = stages
         self._bounds = bounds
         self._on_failure = on_failure
-        self._changed = threading.Condition()
+        # One lock, and a condition for each thread: waking those that have nothing to do costs as much as the work.
+        lock = threading.RLock()
+        self._to_feed, self._to_tokenize, self._to_encode, self._to_publish = (
+            threading.Condition(lock) for _ in range(4)
+        )
+        self._lock = lock
         #: claims with what they are estimated to come to in tokens
         self._claimed: deque[tuple[list[Claim], int]] = deque()
         self._claimed_tokens = 0
@@ -103,23 +111,24 @@ class Pipeline:
         self._is_encoding = False
         self._is_queue_empty = True
         self._is_stopping = False
-        self._running = 0
+        #: the threads of the stages before the last
+        self._running: set[threading.Thread] = set()
         self._failure: BaseException | None = None
         self._encode_time = EncodeTime()
         self.device_time = DeviceTime()
-        #: CPU seconds of each stage's thread, once it has ended
+        #: CPU seconds of each stage, once its threads have ended
         self.cpu_s: dict[str, float] = {}
-        loops = {"tokenize": self._tokenize, "encode": self._encode, "publish": self._publish}
-        self._threads = {
-            name: threading.Thread(target=self._run, args=(name, loop), name=f"embedq-{name}", daemon=True)
-            for name, loop in loops.items()
-        }
+        loops = [("tokenize", self._tokenize), ("encode", self._encode), *PUBLISHERS * [("publish", self._publish)]]
+        self._threads = [
+            threading.Thread(target=self._run, args=(name, loop), name=f"embedq-{name}", daemon=True)
+            for name, loop in loops
+        ]
 
     # --- the claiming thread's side
 
     def start(self) -> None:
-        self._running = len(self._threads) - 1  # the publisher ends after the others
-        for thread in self._threads.values():
+        self._running.update(self._threads[:-PUBLISHERS])
+        for thread in self._threads:
             thread.start()
 
     @property
@@ -133,8 +142,8 @@ class Pipeline:
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Until there is room for one more micro-batch; false after the timeout or on `wake`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._is_stopping or self._has_room(), timeout_s)
+        with self._lock:
+            self._to_feed.wait_for(lambda: self._is_stopping or self._has_room(), timeout_s)
             self._check()
             return self._has_room()
 
@@ -144,49 +153,50 @@ class Pipeline:
 
     def put(self, claims: list[Claim], num_tokens: int) -> None:
         """num_tokens: about what they will come to."""
-        with self._changed:
+        with self._lock:
             self._check()
             self._claimed.append((claims, num_tokens))
             self._claimed_tokens += num_tokens
             self._num_jobs += len(claims)
-            self._note()
+            self._clock()
+            self._to_tokenize.notify()
 
     def wait_until_empty(self, timeout_s: float) -> bool:
         """Until every job is published."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._is_stopping or not self._num_jobs, timeout_s)
+        with self._lock:
+            self._to_feed.wait_for(lambda: self._is_stopping or not self._num_jobs, timeout_s)
             self._check()
             return not self._num_jobs
 
     def wait_while_encoding(self, share: float) -> None:
         """For a share of what a full micro-batch takes, or until the device is free."""
-        with self._changed:
+        with self._lock:
             timeout_s = share * self._encode_time.seconds(self._bounds.max_batch_tokens)
-            self._changed.wait_for(lambda: self._failure or self._is_stopping or not self._is_encoding, timeout_s)
+            self._to_feed.wait_for(lambda: self._is_stopping or not self._is_encoding, timeout_s)
             self._check()
 
     def queue_is_empty(self, is_empty: bool) -> None:
         """Whether jobs wait that could be claimed: a device that waits then is starved."""
-        with self._changed:
+        with self._lock:
             self._is_queue_empty = is_empty
-            self._note()
+            self._clock()
 
     def stop(self) -> None:
         """Ends the threads: what is on the device is finished and published, the rest left alone."""
         self.ask_to_stop()
-        for thread in self._threads.values():
+        for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
 
     def ask_to_stop(self) -> None:
         """As `stop`, without waiting for it. Safe in a signal handler: the lock is reentrant."""
-        with self._changed:
+        with self._lock:
             self._is_stopping = True
-            self._changed.notify_all()
+            self._wake_all()
 
     def check(self) -> None:
         """Raises what a stage raised."""
-        with self._changed:
+        with self._lock:
             self._check()
 
     def _check(self) -> None:
@@ -199,15 +209,18 @@ class Pipeline:
         waiting = self._claimed_tokens + self._ready.tokens_ahead + self._next_tokens
         return waiting + bounds.max_batch_tokens <= bounds.prefetch_tokens and self._num_jobs < bounds.prefetch_jobs
 
-    def _note(self) -> None:
-        """Wakes whoever waits, and the device's clock learns whether there is work. The lock is held."""
+    def _clock(self) -> None:
+        """Tells the device's clock whether there is work. The lock is held, as in all that follow."""
         if self._is_encoding:
             self.device_time.enter("encoding")
         elif self._claimed or self._ready or self._next or not self._is_queue_empty:
             self.device_time.enter("starved")
         else:
             self.device_time.enter("idle")
-        self._changed.notify_all()
+
+    def _wake_all(self) -> None:
+        for condition in (self._to_feed, self._to_tokenize, self._to_encode, self._to_publish):
+            condition.notify_all()
 
     # --- the stages' threads
 
@@ -215,37 +228,43 @@ class Pipeline:
         try:
             loop()
         except BaseException as err:
-            with self._changed:
+            with self._lock:
                 self._failure = self._failure or err
                 self._is_stopping = True
+                self._wake_all()
             self._on_failure()
-        with self._changed:
-            self._running -= 1
-            self.cpu_s[name] = time.thread_time()
-            self._note()
+        with self._lock:
+            self._running.discard(threading.current_thread())
+            self.cpu_s[name] = self.cpu_s.get(name, 0.0) + time.thread_time()
+            self._wake_all()
 
     def _tokenize(self) -> None:
         """Tokenizes what is claimed, and cuts the next micro-batch where a full one is there."""
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_stopping or self._can_plan() or self._claimed)
+            with self._lock:
+                self._to_tokenize.wait_for(lambda: self._is_stopping or self._can_plan() or self._claimed)
                 if self._is_stopping:
                     return
                 if self._can_plan():
                     self._set_next(self._take(None))
-                    self._note()
+                    self._to_encode.notify()
                     continue
                 claims, estimate = self._claimed[0]
             works, failed = self._stages.tokenize(claims)
             jobs = [self._stages.ready_job(work) for work in works]
-            with self._changed:
+            with self._lock:
                 self._claimed.popleft()
                 self._claimed_tokens -= estimate
                 if not self._ready:
                     self._ready_since = time.monotonic()
                 self._ready.add(jobs)
-                self._outbox.extend(failed)
-                self._note()
+                self._clock()
+                self._to_encode.notify()
+                # The texts may have come to fewer tokens than was thought.
+                self._to_feed.notify()
+                if failed:
+                    self._outbox.extend(failed)
+                    self._to_publish.notify()
 
     def _can_plan(self) -> bool:
         """Only full micro-batches are cut ahead: one that is not may still grow."""
@@ -268,7 +287,7 @@ class Pipeline:
             began_at = time.monotonic()
             done = self._stages.encode(batch)
             took_s = time.monotonic() - began_at
-            with self._changed:
+            with self._lock:
                 self._is_encoding = False
                 self._encode_time.learn(_num_tokens(batch), took_s)
                 self._outbox.extend(done)
@@ -276,20 +295,26 @@ class Pipeline:
                 if any(work.failure is not None for work in done):
                     self._ready.discard(_is_wanted)
                     self._set_next([piece for piece in self._next or () if _is_wanted(piece)])
-                self._note()
+                self._clock()
+                self._to_feed.notify()
+                if done:
+                    self._to_publish.notify()
 
     def _next_batch(self) -> list[Piece] | None:
         """Waits for it; None when the pipeline stops."""
-        with self._changed:
+        with self._lock:
             while not self._is_stopping:
                 linger_s = self._lingers_s()
                 if self._outbox_bytes < OUTBOX_BYTES and linger_s is not None and linger_s <= 0:
                     batch = self._next or self._take(self._budget())
                     self._set_next([])
                     self._is_encoding = True
-                    self._note()
+                    self._clock()
+                    self._to_feed.notify()
+                    if self._can_plan():
+                        self._to_tokenize.notify()
                     return batch
-                self._changed.wait(linger_s if linger_s and linger_s > 0 else None)
+                self._to_encode.wait(linger_s if linger_s and linger_s > 0 else None)
         return None
 
     def _lingers_s(self) -> float | None:
@@ -323,15 +348,16 @@ class Pipeline:
 
     def _publish(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._outbox or (self._is_stopping and not self._running))
+            with self._lock:
+                self._to_publish.wait_for(lambda: self._outbox or (self._is_stopping and not self._running))
                 if not self._outbox:
                     return
                 done = self._some_done()
+                self._to_encode.notify()
             self._stages.publish(done)
-            with self._changed:
+            with self._lock:
                 self._num_jobs -= len(done)
-                self._note()
+                self._to_feed.notify()
 
     def _some_done(self) -> list[Done]:
         some: list[Done] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ class WorkerStages:
         self._budget = budget
         self._ranks = {queue: rank for rank, queue in enumerate(ranked_queues)}
         self._sequels = sequels
+        self._count_lock = threading.Lock()
         self.num_finished = 0
         self.num_failed = 0
 
@@ -111,7 +113,8 @@ class WorkerStages:
     def _send(self, outcomes: Sequence[Outcome]) -> None:
         try:
             with_sequel = self._until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
-            self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
+            with self._count_lock:
+                self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
             for outcome in outcomes:
                 if outcome.kind != "finished":
                     self._sequels.report(outcome.claim.job_id, outcome.payload)
@@ -138,7 +141,8 @@ class WorkerStages:
 
     def _tell_failures(self, failed: Sequence[Outcome]) -> None:
         """One line however many fail at once; which ones they are is for debugging."""
-        self.num_failed += len(failed)
+        with self._count_lock:
+            self.num_failed += len(failed)
         for code, number in Counter([outcome.code for outcome in failed]).items():
             logger.warning("failed jobs: %d, code %s", number, code)
         for outcome in failed:

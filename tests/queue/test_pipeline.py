@@ -82,7 +82,7 @@ def start(stages: Recorder) -> Iterator[Start]:
         gate.set()
     for pipeline in started:
         pipeline.stop()
-        assert not any(thread.is_alive() for thread in pipeline._threads.values())
+        assert not any(thread.is_alive() for thread in pipeline._threads)
 
 
 def test_what_is_put_in_comes_out_once(stages: Recorder, start: Start) -> None:
@@ -176,7 +176,7 @@ def test_what_a_stage_raises_ends_the_others_and_reaches_the_claiming_thread(
         pipeline.wait_until_empty(20)
     pipeline.stop()
     pipeline.check()  # told once
-    assert not any(thread.is_alive() for thread in pipeline._threads.values())
+    assert not any(thread.is_alive() for thread in pipeline._threads)
 
 
 def test_stopping_finishes_and_publishes_what_is_on_the_device_and_leaves_the_rest(
