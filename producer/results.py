@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from embedq.producer.connection import translated_errors
-from embedq.producer.outcomes import LOOK_AGAIN_S, Outcome, Watch, timed_out
+from embedq.producer.outcomes import LOOK_AGAIN_S, Outcome, Watch, look_commands, timed_out
 
 #: Jobs watched in one XREAD; the others wait for their turn.
 WINDOW = 128
@@ -59,7 +59,7 @@ class ResultReader:
             return
         with translated_errors(self._redis):
             pipeline = self._redis.pipeline(transaction=True)
-            for command in watch.look_commands(job_ids):
+            for command in look_commands(job_ids):
                 pipeline.execute_command(*command)
             replies = pipeline.execute()
         yield from watch.looked(job_ids, replies)
