@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import redis.asyncio
 
 from embedq.producer import (
     Embeddings,
@@ -25,7 +24,6 @@ from embedq.producer import (
     ResultTimeoutError,
     async_results,
     keys,
-    result_streams,
     wire,
 )
 from embedq.producer.async_results import AsyncResultReader
