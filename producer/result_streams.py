@@ -36,17 +36,20 @@ class ResultStreams:
         self._id: int | None = None
         self._num_reads = 0
         self._is_reading = False
-        self._can_call_off = True
+        #: Whether Redis permits it, None until that is known.
+        self._can_call_off: bool | None = None
 
     async def read(self, positions: Sequence[tuple[bytes, bytes]], block_s: float) -> list[News]:
         """The last entry of each stream that has any after its position; [] if none came or the read was called off.
 
         `positions` are keys and entry ids, each as `bulk` encodes it. Raises redis.RedisError.
         """
-        if not self._can_call_off:
-            block_s = min(block_s, DEAF_BLOCK_S)
         self._is_reading = True
         try:
+            if self._can_call_off is None:
+                await self._unblock(0)
+            if not self._can_call_off:
+                block_s = min(block_s, DEAF_BLOCK_S)
             if self._connection is None:
                 self._connection = await self._pool.get_connection()
             try:
@@ -75,17 +78,19 @@ class ResultStreams:
     async def call_off(self) -> None:
         """Ends the read under way, if any. Returns when Redis has let it go, or has ended it by itself."""
         number = self._num_reads
-        while self._is_reading and self._num_reads == number and self._can_call_off:
+        while self._is_reading and self._num_reads == number and self._can_call_off is not False:
             if self._id is not None and await self._unblock(self._id):
                 return
             await asyncio.sleep(CALL_OFF_AGAIN_S)
 
     async def _unblock(self, connection_id: int) -> bool:
         try:
-            return bool(await self._client.client_unblock(connection_id))
+            was_blocked = bool(await self._client.client_unblock(connection_id))
         except redis.ResponseError:
-            self._can_call_off = False
-            return False
+            self._can_call_off = was_blocked = False
+        else:
+            self._can_call_off = True
+        return was_blocked
 
     async def release(self) -> None:
         """Gives the connection back."""
