@@ -7,18 +7,42 @@ ended in) and returns its result. Every call of a script may be sent twice by re
 
 from __future__ import annotations
 
+import calendar
 import itertools
-from collections.abc import Generator, Iterable, Sequence
+import os
+import random
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+import orjson
+from rq.defaults import CALLBACK_TIMEOUT
 
 from embedq.producer import keys, requests
-from embedq.producer.errors import DuplicateJobError, EmbedqError, JobStateError, PartialEnqueueError
-from embedq.producer.options import FAILURE_TTL_S, JobSettings, check_job_id
+from embedq.producer.checks import shown
+from embedq.producer.errors import (
+    DuplicateJobError,
+    EmbedqError,
+    InvalidOptionError,
+    JobNotFoundError,
+    JobStateError,
+    PartialEnqueueError,
+    QueueFull,
+)
+from embedq.producer.options import check_job_id
 from embedq.producer.outcomes import not_found, read_status
 from embedq.producer.requests import Request
+from embedq.producer.settings import FAILURE_TTL_S, MAX_TTL_S, JobSettings
 from embedq.producer.status import JobStatus
 
+#: Jobs canceled in one call, which looks for each in its queue from end to end.
+CHUNK_CANCELS = 100
+#: Seconds between two attempts to enqueue on a full queue, at first and at most.
+FIRST_PAUSE_S = 0.01
+LONGEST_PAUSE_S = 0.5
 #: RQ's time limit of a job, which only a stock `rq worker` applies: 1,024 long texts on one CPU.
 JOB_TIMEOUT_S = 3600
 
@@ -41,38 +65,66 @@ class Commands:
     is_transaction: bool = False
 
 
-#: One round trip.
-Step = ScriptCall | Commands
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Nothing for so many seconds; the reply is None."""
+
+    seconds: float
+
+
+#: One round trip, or a pause.
+Step = ScriptCall | Commands | Pause
 Result = TypeVar("Result")
 Operation = Generator[Step, Any, Result]
 
-#: The scripts, and whether common.lua stands before them.
+#: The scripts that steps call; before each stands common.lua.
 SCRIPTS = ("enqueue", "cancel", "requeue")
 
 
-def enqueue(queue: str, jobs: Sequence[Request], settings: JobSettings) -> Operation[None]:
-    """All of these jobs or none, in one step. Raises DuplicateJobError."""
-    shared = _shared_fields(queue, settings)
-    taken = yield ScriptCall(
-        "enqueue",
-        [keys.queue(queue), keys.QUEUES],
-        [
-            *(keys.JOB_PREFIX, _push_command(settings.at_front), settings.ttl or 0, len(shared)),
-            *shared,
-            *itertools.chain.from_iterable(jobs),
-        ],
-    )
-    if taken:
-        ids = [job_id.decode() for job_id in taken]
-        raise DuplicateJobError(f"job id {ids[0]} is taken by another request", ids)
+@dataclass(frozen=True, slots=True)
+class Start:
+    """When a job may start: at once, at a second since 1970, or after seconds by the server's clock."""
+
+    kind: Literal["now", "at", "in"] = "now"
+    seconds: float = 0
 
 
-def enqueue_in_chunks(queue: str, jobs: Sequence[Request], settings: JobSettings) -> Operation[None]:
+NOW = Start()
+
+
+def enqueue(
+    queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start = NOW
+) -> Operation[frozenset[str]]:
+    """All of these jobs or none, in one step; the ids that were there already.
+
+    Raises DuplicateJobError, QueueFull, JobNotFoundError (a dependency).
+    """
+    call = _enqueue_call(queue, jobs, settings, start)
+    pauses = _pauses(settings.block_timeout)
+    while True:
+        kind, *rest = yield call
+        if kind == b"done":
+            return frozenset(job_id.decode() for job_id in rest)
+        if kind != b"full":
+            raise _refusal(kind, [job_id.decode() for job_id in rest])
+        pause = next(pauses, None)
+        if pause is None:
+            waited = f", also after {settings.block_timeout:g} s" if settings.block_timeout else ""
+            raise QueueFull(
+                f"queue {queue} has {rest[0]:,} jobs and takes {settings.max_depth:,} at most{waited}; try again later"
+            )
+        yield Pause(pause)
+
+
+def enqueue_in_chunks(queue: str, jobs: Sequence[Request], settings: JobSettings) -> Operation[frozenset[str]]:
     """A step per chunk. Raises what `enqueue` raises, and PartialEnqueueError if a chunk after the first fails."""
+    if settings.dedupe:
+        jobs = requests.distinct(jobs)
+    known: frozenset[str] = frozenset()
     sent = 0
-    for chunk in requests.chunks(jobs):
+    for chunk in requests.chunks(jobs, settings):
         try:
-            yield from enqueue(queue, chunk, settings)
+            known |= yield from enqueue(queue, chunk, settings)
         except EmbedqError as err:
             if not sent:
                 raise
@@ -80,6 +132,24 @@ def enqueue_in_chunks(queue: str, jobs: Sequence[Request], settings: JobSettings
             ids = [job.job_id for job in jobs[:sent]]
             raise PartialEnqueueError(message, ids, retryable=err.retryable) from err
         sent += len(chunk)
+    return known
+
+
+def start_at(moment: object) -> Start:
+    """Raises InvalidOptionError for anything but a datetime with a time zone."""
+    if not isinstance(moment, datetime) or moment.utcoffset() is None:
+        raise InvalidOptionError(
+            f"{shown(moment)} names no moment: give a datetime with a time zone, as datetime.now(UTC) + delay"
+        )
+    return Start("at", calendar.timegm(moment.utctimetuple()))
+
+
+def start_in(delay: object) -> Start:
+    """Seconds or a timedelta. Raises InvalidOptionError."""
+    seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_TTL_S:
+        raise InvalidOptionError(f"a delay is seconds or a timedelta from 0 to {MAX_TTL_S} s, not {shown(delay)}")
+    return Start("in", seconds) if seconds else NOW
 
 
 def statuses(job_ids: Iterable[str]) -> Operation[dict[str, JobStatus | None]]:
@@ -97,12 +167,18 @@ def status(job_id: str) -> Operation[JobStatus]:
 
 def cancel(job_id: str) -> Operation[bool]:
     """Whether the job had not ended before. Raises JobNotFoundError."""
-    found = yield ScriptCall(
-        "cancel",
-        [keys.job(check_job_id(job_id)), keys.results(job_id), keys.executions(job_id)],
-        [keys.PREFIX, job_id, FAILURE_TTL_S],
-    )
-    return not _found(job_id, read_status(found)).is_terminal
+    found = yield from cancel_all([job_id])
+    return not _found(job_id, found[job_id]).is_terminal
+
+
+def cancel_all(job_ids: Iterable[str]) -> Operation[dict[str, JobStatus | None]]:
+    """A step per CHUNK_CANCELS; the status in which each job was found, None for one that is not there."""
+    waiting = iter([check_job_id(job_id) for job_id in job_ids])
+    found: dict[str, JobStatus | None] = {}
+    while chunk := list(itertools.islice(waiting, CHUNK_CANCELS)):
+        replies = yield ScriptCall("cancel", [], [keys.PREFIX, FAILURE_TTL_S, _nonce(), *chunk])
+        found.update(zip(chunk, map(read_status, replies), strict=True))
+    return found
 
 
 def requeue(job_id: str, *, at_front: bool) -> Operation[None]:
@@ -110,7 +186,7 @@ def requeue(job_id: str, *, at_front: bool) -> Operation[None]:
     found = yield ScriptCall(
         "requeue",
         [keys.job(check_job_id(job_id)), keys.QUEUES],
-        [keys.PREFIX, job_id, _push_command(at_front)],
+        [keys.PREFIX, job_id, _push_command(at_front), _nonce()],
     )
     before = _found(job_id, read_status(found))
     if not before.is_terminal or before is JobStatus.FINISHED:
@@ -128,15 +204,49 @@ def _found(job_id: str, found: JobStatus | None) -> JobStatus:
     return found
 
 
+def _nonce() -> str:
+    return os.urandom(8).hex()
+
+
 def _push_command(at_front: bool) -> str:
     return "LPUSH" if at_front else "RPUSH"
 
 
-def _shared_fields(queue: str, settings: JobSettings) -> list[Any]:
-    """The fields of RQ's job hash that all jobs of one call share: name, value, ... Times come from the server."""
+def _enqueue_call(queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start) -> ScriptCall:
+    if settings.depends_on and start.kind != "now":
+        raise InvalidOptionError("depends_on and a time exclude each other; give one of them")
+    shared = _shared_fields(settings)
+    return ScriptCall(
+        "enqueue",
+        [keys.queue(queue), keys.QUEUES],
+        [
+            *(keys.PREFIX, queue, _push_command(settings.at_front), settings.ttl or 0, settings.max_depth or 0),
+            *(int(settings.dedupe), start.kind, start.seconds, settings.group or "", len(settings.depends_on)),
+            *(len(shared), *settings.depends_on, *shared),
+            *itertools.chain.from_iterable(jobs),
+        ],
+    )
+
+
+def _refusal(kind: bytes, ids: list[str]) -> EmbedqError:
+    if kind == b"taken":
+        return DuplicateJobError(f"job id {ids[0]} is taken by another request", ids)
+    return JobNotFoundError(f"there is no job {ids[0]} to depend on: it never existed, or it expired")
+
+
+def _pauses(timeout_s: float) -> Iterator[float]:
+    """Ever longer, in all no more than `timeout_s`; not in step with other callers that wait for the same."""
+    deadline = time.monotonic() + timeout_s
+    longest = FIRST_PAUSE_S
+    while (left := deadline - time.monotonic()) > 0:
+        yield min(left, longest * random.uniform(0.5, 1))
+        longest = min(2 * longest, LONGEST_PAUSE_S)
+
+
+@lru_cache(maxsize=256)
+def _shared_fields(settings: JobSettings) -> tuple[Any, ...]:
+    """The fields of RQ's job hash that all jobs of one call share: name, value, ... The script adds its own."""
     fields: dict[str, Any] = {
-        "status": JobStatus.QUEUED.value,
-        "origin": queue,
         "timeout": JOB_TIMEOUT_S,
         "result_ttl": settings.result_ttl,
         "failure_ttl": settings.failure_ttl,
@@ -145,4 +255,17 @@ def _shared_fields(queue: str, settings: JobSettings) -> list[Any]:
     }
     if settings.ttl is not None:
         fields["ttl"] = settings.ttl
-    return list(itertools.chain.from_iterable(fields.items()))
+    if settings.retry_intervals:
+        fields["retry_intervals"] = orjson.dumps(settings.retry_intervals)
+    if settings.at_front:
+        fields["enqueue_at_front"] = 1  # what RQ goes by once the job's time or dependencies have come
+    if settings.group is not None:
+        fields["group_id"] = settings.group
+    if settings.depends_on:
+        fields["dependency_id"] = settings.depends_on[0]
+        fields["dependency_ids"] = orjson.dumps(settings.depends_on)
+    for outcome, function in (("success", settings.on_success), ("failure", settings.on_failure)):
+        if function is not None:
+            fields[f"{outcome}_callback_name"] = function
+            fields[f"{outcome}_callback_timeout"] = CALLBACK_TIMEOUT
+    return tuple(itertools.chain.from_iterable(fields.items()))

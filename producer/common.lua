@@ -49,3 +49,10 @@ local function end_execution(prefix, queue, id, execution, worker)
   redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', pair)
 end
 
+-- The status that a call with this nonce found when it was sent first; nil if it is sent for the first time. `change`
+-- is the job's field embedq_change: the nonce of the last cancellation or requeueing, and what it found.
+local function found_before(change, nonce)
+  if change and string.sub(change, 1, #nonce + 1) == nonce .. ' ' then
+    return string.sub(change, #nonce + 2)
+  end
+end

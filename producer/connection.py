@@ -35,6 +35,7 @@ _PASSING_REPLIES = re.compile(
     r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED)\b"
     r"|read only replica|when used memory > 'maxmemory'"
 )
+_FULL = re.compile(r"\bOOM\b|when used memory > 'maxmemory'")
 #: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing more when they are sent twice.
 RETRIES = 2
 BACKOFF = ExponentialBackoff(cap=0.5, base=0.05)
@@ -136,5 +137,9 @@ def translate(err: redis.RedisError, place: str) -> EmbedqError:
     if isinstance(err, redis.ConnectionError):
         return QueueConnectionError(
             f"no Redis at {place} ({reason}); is it running? `embedq up` starts one, --url or EMBEDQ_URL names another"
+        )
+    if _FULL.search(reason) or isinstance(err, redis.OutOfMemoryError):
+        return QueueServerError(
+            f"Redis at {place} is out of memory ({reason}); raise maxmemory, or try again when workers have caught up"
         )
     return QueueServerError(f"Redis at {place} refused a command: {reason}")

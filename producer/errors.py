@@ -10,6 +10,7 @@
     │   └── QueueAccessError                 Redis wants other credentials or permissions
     ├── PartialEnqueueError                  an error between two chunks of enqueue_many   (job_ids, retryable)
     ├── QueueServerError                     Redis refused a command: out of memory, ...   (retryable)
+    ├── QueueFull                            the queue has as many jobs as it may hold     (retryable)
     ├── DuplicateJobError                    the job id is taken by another request
     ├── JobNotFoundError                     never existed, expired or was deleted
     ├── JobStateError                        the job's status does not allow the operation
@@ -85,6 +86,13 @@ class PartialEnqueueError(EmbedqError):
 
 class QueueServerError(EmbedqError):
     code = "redis_refused"
+    retryable = True
+
+
+class QueueFull(EmbedqError):  # noqa: N818  (a state of the queue, as queue.Full)
+    """Nothing of the call, or of its last chunk, was enqueued."""
+
+    code = "queue_full"
     retryable = True
 
 

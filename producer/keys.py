@@ -19,6 +19,9 @@ WORKERS = f"{PREFIX}:workers"
 #: Exists while `rq suspend` is in force.
 SUSPENDED = f"{PREFIX}:suspended"
 
+#: Set of the names of all groups.
+GROUPS = f"{PREFIX}:groups"
+
 #: What precedes a job's id in its key.
 JOB_PREFIX = f"{PREFIX}:job:"
 
@@ -100,3 +103,18 @@ def worker_executions(name: str) -> str:
 def worker_claim(name: str) -> str:
     """The nonce of a worker's last claim; ours, RQ has no such key."""
     return f"{PREFIX}:worker:{name}:claim"
+
+
+def worker_commands(name: str) -> str:
+    """Channel on which a worker hears RQ's commands, and `embedq-cancel` from cancel.lua."""
+    return f"{PREFIX}:pubsub:{name}"
+
+
+def group(name: str) -> str:
+    """Set of the ids of a group's jobs."""
+    return f"{PREFIX}:group:{name}"
+
+
+def vector(content_hash: str) -> str:
+    """The cached embedding of one text; ours, RQ has no such key."""
+    return f"{PREFIX}:embedq:vector:{content_hash}"

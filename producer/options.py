@@ -1,4 +1,4 @@
-"""What a caller may ask of an embedding, and of the job that carries it. Knows no Redis and no model.
+"""What a caller may ask of an embedding, and the texts of a job. Knows no Redis and no model.
 
 What depends on the model (its dimensions, its prompts) is checked by the worker.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
+from embedq.producer.checks import check, check_string, is_int, lone_surrogate, one_of, shown
 from embedq.producer.errors import InvalidJobIdError, InvalidOptionError, InvalidTextError
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
@@ -32,18 +33,6 @@ TOKEN_PRECISIONS = ("float32", "float16")
 #: Dimensions no model has, and tokens no window has.
 MAX_DIMENSIONS = 1_000_000
 MAX_CHUNK_OVERLAP = 1_000_000
-#: Characters of what dashboards show.
-MAX_DESCRIPTION_CHARS = 1_000
-#: Ten years: the longest time to live, in seconds.
-MAX_TTL_S = 10 * 365 * 24 * 3600
-MAX_RETRIES = 1_000
-
-#: Seconds a result is kept.
-RESULT_TTL_S = 3600
-#: Seconds a failed or canceled job is kept.
-FAILURE_TTL_S = 7 * 24 * 3600
-#: Attempts after the first one.
-RETRIES = 3
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
 
@@ -62,17 +51,6 @@ class EmbedOptionFields(TypedDict, total=False):
     chunk_overlap: int | None
     output: Output
     model: str | None
-
-
-class EnqueueKeywords(EmbedOptionFields, total=False):
-    """What `enqueue` takes beside the texts: `EmbedOptions` and `JobSettings` as keyword arguments."""
-
-    result_ttl: int
-    failure_ttl: int
-    ttl: int | None
-    retries: int
-    at_front: bool
-    description: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,19 +82,19 @@ class EmbedOptions:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "prompt_name", "model"):
-            _check_string(self, name, MAX_OPTION_CHARS)
-        _check(self.normalize is None or isinstance(self.normalize, bool), "normalize", "true or false", self)
-        _check(isinstance(self.truncate, bool), "truncate", "true or false", self)
+            check_string(self, name, MAX_OPTION_CHARS)
+        check(self.normalize is None or isinstance(self.normalize, bool), "normalize", "true or false", self)
+        check(isinstance(self.truncate, bool), "truncate", "true or false", self)
         wanted = f"a whole number from 1 to {MAX_DIMENSIONS}"
-        _check(self.dimensions is None or _is_int(self.dimensions, 1, MAX_DIMENSIONS), "dimensions", wanted, self)
-        _check(self.precision in get_args(Precision), "precision", _one_of(get_args(Precision)), self)
+        check(self.dimensions is None or is_int(self.dimensions, 1, MAX_DIMENSIONS), "dimensions", wanted, self)
+        check(self.precision in get_args(Precision), "precision", one_of(get_args(Precision)), self)
         sides, outputs = get_args(TruncationSide), get_args(Output)
-        _check(self.truncation_side in sides, "truncation_side", _one_of(sides), self)
-        _check(self.output in outputs, "output", _one_of(outputs), self)
-        _check(isinstance(self.chunk, bool), "chunk", "true or false", self)
+        check(self.truncation_side in sides, "truncation_side", one_of(sides), self)
+        check(self.output in outputs, "output", one_of(outputs), self)
+        check(isinstance(self.chunk, bool), "chunk", "true or false", self)
         wanted = f"a whole number from 0 to {MAX_CHUNK_OVERLAP}"
-        fits = self.chunk_overlap is None or _is_int(self.chunk_overlap, 0, MAX_CHUNK_OVERLAP)
-        _check(fits, "chunk_overlap", wanted, self)
+        fits = self.chunk_overlap is None or is_int(self.chunk_overlap, 0, MAX_CHUNK_OVERLAP)
+        check(fits, "chunk_overlap", wanted, self)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -130,8 +108,8 @@ class EmbedOptions:
                 raise InvalidOptionError(
                     "output tokens and chunk exclude each other: a token has one vector, in one window"
                 )
-            _check(
-                self.precision in TOKEN_PRECISIONS, "precision", f"{_one_of(TOKEN_PRECISIONS)} for output tokens", self
+            check(
+                self.precision in TOKEN_PRECISIONS, "precision", f"{one_of(TOKEN_PRECISIONS)} for output tokens", self
             )
 
     @classmethod
@@ -139,7 +117,7 @@ class EmbedOptions:
         """Raises InvalidOptionError for an unknown name, with the nearest known one."""
         for name in options:
             if name not in OPTION_NAMES:
-                raise InvalidOptionError(_unknown(name))
+                raise unknown_option(name, OPTION_NAMES)
         return cls(**options)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -150,31 +128,6 @@ class EmbedOptions:
 #: The names that `EmbedOptions` takes, in its order.
 OPTION_NAMES: tuple[str, ...] = tuple(field.name for field in fields(EmbedOptions))
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(EmbedOptions)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobSettings:
-    """How a job is kept; raises InvalidOptionError. Times in seconds, -1 keeps for good."""
-
-    result_ttl: int = RESULT_TTL_S
-    failure_ttl: int = FAILURE_TTL_S
-    #: seconds the job may wait in the queue before it vanishes; None: for good
-    ttl: int | None = None
-    retries: int = RETRIES
-    #: at the head of the queue
-    at_front: bool = False
-    #: what `rq info` and dashboards show; never the text itself unless the caller says so
-    description: str | None = None
-
-    def __post_init__(self) -> None:
-        bounds = {"result_ttl": (-1, MAX_TTL_S), "failure_ttl": (-1, MAX_TTL_S), "retries": (0, MAX_RETRIES)}
-        if self.ttl is not None:
-            bounds["ttl"] = (1, MAX_TTL_S)
-        for name, (lowest, highest) in bounds.items():
-            fits = _is_int(getattr(self, name), lowest, highest)
-            _check(fits, name, f"a whole number from {lowest} to {highest}", self)
-        _check(isinstance(self.at_front, bool), "at_front", "true or false", self)
-        _check_string(self, "description", MAX_DESCRIPTION_CHARS)
 
 
 def check_texts(texts: object) -> list[str]:
@@ -209,67 +162,14 @@ def check_text(text: object, index: int) -> str:
     return text
 
 
-def lone_surrogate(text: str) -> int | None:
-    """Where a string is no Unicode: half a character, or a byte of a command line that was not UTF-8."""
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as err:
-        return err.start
-    return None
-
-
 def check_job_id(job_id: object) -> str:
     if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
         raise InvalidJobIdError(f"job id {shown(job_id)} does not do: 1 to 256 letters, digits, underscores and dashes")
     return job_id
 
 
-def split_keywords(keywords: Mapping[str, Any]) -> tuple[EmbedOptions, JobSettings]:
-    """The keyword arguments of `enqueue` sorted into the two kinds. Raises InvalidOptionError."""
-    settings = {name: value for name, value in keywords.items() if name in _SETTING_NAMES}
-    options = {name: value for name, value in keywords.items() if name not in _SETTING_NAMES}
-    return EmbedOptions.from_mapping(options), JobSettings(**settings)
-
-
-_SETTING_NAMES: Sequence[str] = tuple(field.name for field in fields(JobSettings))
-
-
-def _is_int(value: object, lowest: int, highest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
-
-
-def _check_string(owner: object, name: str, max_chars: int) -> None:
-    value = getattr(owner, name)
-    if value is None:
-        return
-    _check(isinstance(value, str), name, "a string", owner)
-    if len(value) > max_chars:
-        raise InvalidOptionError(f"{name} has {len(value):,} characters; at most {max_chars:,} go")
-    if lone_surrogate(value) is not None:
-        raise InvalidOptionError(f"{name} is not Unicode: it has a lone surrogate")
-
-
-def shown(value: object) -> str:
-    """A value in an error message: short, on one line. (A huge int refuses to become a string.)"""
-    try:
-        return ascii(str(value)[:60])
-    except ValueError:
-        return f"a huge {type(value).__name__}"
-
-
-def _one_of(names: Iterable[str]) -> str:
-    return "one of " + ", ".join(names)
-
-
-def _check(fits: bool, name: str, wanted: str, owner: object) -> None:
-    if not fits:
-        raise InvalidOptionError(f"{name} must be {wanted}, not {shown(getattr(owner, name))}")
-
-
-def _unknown(name: str) -> str:
-    known = (*OPTION_NAMES, *_SETTING_NAMES)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(known)
-    return f"unknown option {name!r}; {hint}"
+def unknown_option(name: str, known: Iterable[str]) -> InvalidOptionError:
+    names = tuple(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(names)
+    return InvalidOptionError(f"unknown option {name!r}; {hint}")

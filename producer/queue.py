@@ -6,29 +6,25 @@ Knows the public surface and does the round trips; what is asked of Redis is in 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import redis
 
 from embedq.producer import calls, requests, scripts
-from embedq.producer.connection import DEFAULT_URL, check_client, connect, translated_errors
+from embedq.producer.checks import lone_surrogate, shown
+from embedq.producer.connection import DEFAULT_URL, check_client, connect, describe, translate
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import ConfigurationError, EmbedqError, QueueConnectionError, ResultTimeoutError
+from embedq.producer.errors import ConfigurationError, EmbedqError, ResultTimeoutError
 from embedq.producer.jobs import EmbedJob
-from embedq.producer.options import (
-    EnqueueKeywords,
-    check_job_id,
-    check_text,
-    lone_surrogate,
-    shown,
-    split_keywords,
-)
+from embedq.producer.options import EmbedOptions, check_job_id, check_text
 from embedq.producer.outcomes import Outcome
 from embedq.producer.results import ResultReader
+from embedq.producer.settings import EnqueueKeywords, JobSettings, split_keywords
 from embedq.producer.status import JobStatus
 
 Result = TypeVar("Result")
@@ -48,15 +44,27 @@ class EmbedQueue:
     q = EmbedQueue("redis://localhost:6379/0", queue="embed")
     q.enqueue("a text").result(timeout=30).vectors     # (1, d) float32
 
-    Raises ConfigurationError at once for a URL that cannot be read; every call may raise QueueConnectionError.
+    `max_depth` and `block_timeout` hold for every call that doesn't say otherwise: beyond so many jobs on the queue
+    enqueueing raises QueueFull, after having waited so many seconds for room.
+
+    Raises ConfigurationError at once for a URL that cannot be read, InvalidOptionError for a limit that is none; every
+    call may raise QueueConnectionError.
     """
 
     def __init__(
-        self, url: str | None = None, *, queue: str = DEFAULT_QUEUE, connection: redis.Redis | None = None
+        self,
+        url: str | None = None,
+        *,
+        queue: str = DEFAULT_QUEUE,
+        connection: redis.Redis | None = None,
+        max_depth: int | None = None,
+        block_timeout: float = 0,
     ) -> None:
         if url is not None and connection is not None:
             raise ConfigurationError("give a url or a connection, not both")
         self.name = check_queue_name(queue)
+        self._defaults: EnqueueKeywords = {"max_depth": max_depth, "block_timeout": block_timeout}
+        split_keywords(self._defaults)
         self._owns_connection = connection is None
         self._client = connect(url or DEFAULT_URL) if connection is None else check_client(connection)
         self._redis: Any = self._client
@@ -71,14 +79,41 @@ class EmbedQueue:
         """One job with one text or up to 1,024; one round trip.
 
         Keywords are those of `EmbedOptions` (dimensions, precision, prompt, chunk, output, ...) and of `JobSettings`
-        (result_ttl, failure_ttl, ttl, retries, at_front, description). Enqueueing the same request under the
-        same `job_id` again returns the same job. Raises InvalidTextError, InvalidOptionError, InvalidJobIdError,
-        and DuplicateJobError if the id is taken by another request; then nothing was enqueued.
+        (result_ttl, failure_ttl, ttl, retries, retry_intervals, at_front, description, dedupe, group, depends_on,
+        on_success, on_failure, max_depth, block_timeout). Enqueueing the same request under the same `job_id` again
+        returns the same job, and so does `dedupe` without an id; there a job that failed or was canceled starts
+        afresh.
+
+        Raises InvalidTextError, InvalidOptionError, InvalidJobIdError; DuplicateJobError if the id is taken by
+        another request, QueueFull beyond `max_depth`, JobNotFoundError if a job to depend on is not there. Then
+        nothing was enqueued.
         """
-        options, settings = split_keywords(keywords)
-        request = requests.one(texts, job_id, options, settings)
-        self._run(calls.enqueue(self.name, [request], settings))
-        return EmbedJob(request.job_id, self)
+        return self._enqueue(texts, job_id, keywords)
+
+    def enqueue_at(
+        self,
+        moment: datetime,
+        texts: str | Sequence[str],
+        *,
+        job_id: str | None = None,
+        **keywords: Unpack[EnqueueKeywords],
+    ) -> EmbedJob:
+        """As `enqueue`, but the job waits until then, to the second: `scheduled`, as by RQ's own `enqueue_at`.
+
+        Raises InvalidOptionError for a datetime without a time zone. Its `ttl` runs from that moment on.
+        """
+        return self._enqueue(texts, job_id, keywords, calls.start_at(moment))
+
+    def enqueue_in(
+        self,
+        delay: float | timedelta,
+        texts: str | Sequence[str],
+        *,
+        job_id: str | None = None,
+        **keywords: Unpack[EnqueueKeywords],
+    ) -> EmbedJob:
+        """As `enqueue_at`, so many seconds from now by the clock of the Redis server."""
+        return self._enqueue(texts, job_id, keywords, calls.start_in(delay))
 
     def enqueue_many(
         self,
@@ -92,8 +127,8 @@ class EmbedQueue:
         Raises as `enqueue` does, and PartialEnqueueError, which lists the jobs that got through, if a chunk after
         the first fails. `job_ids` must be as many as the texts.
         """
-        options, settings = split_keywords(keywords)
-        made = requests.one_a_text(texts, job_ids, options, settings)
+        options, settings = self._split(keywords)
+        made = requests.one_a_text(self.name, texts, job_ids, options, settings)
         self._run(calls.enqueue_in_chunks(self.name, made, settings))
         return [EmbedJob(request.job_id, self) for request in made]
 
@@ -102,16 +137,17 @@ class EmbedQueue:
     ) -> Embeddings:
         """Enqueues any number of texts and waits: (n, d) in their order. [] raises InvalidTextError.
 
-        Raises the first failure as `result` does. Whatever is still waiting when it raises is canceled.
+        Raises the first failure as `result` does. Whatever is still waiting when it raises is canceled, except
+        under `dedupe`, where others may wait for it too.
         """
         everything = [texts] if isinstance(texts, str) else list(texts)
         for index, text in enumerate(everything):
             check_text(text, index)
         keywords.setdefault("result_ttl", EMBED_RESULT_TTL_S)
-        options, settings = split_keywords(keywords)
+        options, settings = self._split(keywords)
         per_job = TEXTS_PER_TOKEN_JOB if options.output == "tokens" else TEXTS_PER_EMBED_JOB
-        made = requests.spread(everything, per_job, options, settings)
-        job_ids = [request.job_id for request in made]
+        made = requests.spread(self.name, everything, per_job, options, settings)
+        job_ids = [request.job_id for request in made]  # under dedupe one may stand twice
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             self._run(calls.enqueue_in_chunks(self.name, made, settings))
@@ -126,7 +162,8 @@ class EmbedQueue:
                     raise outcome
                 parts[job_id] = outcome
         except BaseException:
-            self._give_up(job_ids)
+            if not settings.dedupe:  # else others may wait for the same jobs
+                self._give_up(job_ids)
             raise
         return Embeddings.concatenate([parts[job_id] for job_id in job_ids])
 
@@ -194,6 +231,21 @@ class EmbedQueue:
 
     # --- the steps
 
+    def _split(self, keywords: EnqueueKeywords) -> tuple[EmbedOptions, JobSettings]:
+        return split_keywords({**self._defaults, **keywords})
+
+    def _enqueue(
+        self,
+        texts: str | Sequence[str],
+        job_id: str | None,
+        keywords: EnqueueKeywords,
+        start: calls.Start = calls.NOW,
+    ) -> EmbedJob:
+        options, settings = self._split(keywords)
+        request = requests.one(self.name, texts, job_id, options, settings)
+        self._run(calls.enqueue(self.name, [request], settings, start))
+        return EmbedJob(request.job_id, self)
+
     def _run(self, operation: calls.Operation[Result]) -> Result:
         """Does an operation's steps, one after the other."""
         try:
@@ -210,26 +262,25 @@ class EmbedQueue:
             return result
 
     def _do(self, step: calls.Step) -> Any:
-        with translated_errors(self._client):
+        if isinstance(step, calls.Pause):
+            return time.sleep(step.seconds)
+        try:
             if isinstance(step, calls.ScriptCall):
                 return self._scripts[step.script](keys=step.keys, args=step.args)
             pipeline = self._redis.pipeline(transaction=step.is_transaction)
             for command in step.commands:
                 pipeline.execute_command(*command)
             return pipeline.execute()
+        except redis.RedisError as err:
+            raise translate(err, describe(self._client)) from err
 
     def _outcomes(self, job_ids: list[str], timeout: float | None) -> Iterator[tuple[str, Outcome]]:
         return ResultReader(self._client).outcomes(job_ids, timeout)
 
     def _give_up(self, job_ids: list[str]) -> None:
         """The error under way matters more than one from here; what cannot be canceled expires by itself."""
-        for job_id in job_ids:
-            try:
-                self.cancel(job_id)
-            except QueueConnectionError:
-                return
-            except EmbedqError:
-                continue
+        with contextlib.suppress(EmbedqError):
+            self._run(calls.cancel_all(job_ids))
 
 
 def format_time(moment: datetime) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
 from typing import NamedTuple
 
 from embedq.producer import wire
@@ -12,17 +13,19 @@ from embedq.producer.errors import InvalidJobIdError, InvalidTextError
 from embedq.producer.options import (
     MAX_JOB_CHARS,
     EmbedOptions,
-    JobSettings,
     check_job_id,
     check_text,
     check_texts,
 )
+from embedq.producer.settings import JobSettings
 
 #: Bounds of one call of enqueue.lua: it holds the server up for some 10 ms.
 CHUNK_JOBS = 1000
 CHUNK_BYTES = 4_000_000
 #: Random bytes of a job id, 32 letters as a UUID has.
 ID_BYTES = 16
+#: Bytes of a content's hash as a job id: so long that two requests never meet.
+HASH_BYTES = 20
 
 
 class Request(NamedTuple):
@@ -34,34 +37,40 @@ class Request(NamedTuple):
     num_texts: int
 
 
-def one(texts: str | Sequence[str], job_id: str | None, options: EmbedOptions, settings: JobSettings) -> Request:
+def one(
+    queue: str, texts: str | Sequence[str], job_id: str | None, options: EmbedOptions, settings: JobSettings
+) -> Request:
     """One job. Raises InvalidTextError, InvalidJobIdError."""
     checked = check_texts(texts)
-    return _request(fresh_id() if job_id is None else check_job_id(job_id), checked, options, settings)
+    if job_id is None:
+        return _requests(queue, [checked], options, settings)[0]
+    _refuse_dedupe(settings)
+    return _request(check_job_id(job_id), checked, wire.encode_request(checked, options), settings)
 
 
 def one_a_text(
-    texts: Iterable[str], job_ids: Iterable[str] | None, options: EmbedOptions, settings: JobSettings
+    queue: str, texts: Iterable[str], job_ids: Iterable[str] | None, options: EmbedOptions, settings: JobSettings
 ) -> list[Request]:
     """A job a text, in order. Raises InvalidTextError, InvalidJobIdError; what the iterables raise passes through."""
     if isinstance(texts, str):
         raise InvalidTextError("enqueue_many takes a list of texts; enqueue takes one")
     if job_ids is None:
-        checked = [check_text(text, index) for index, text in enumerate(texts)]
-        ids: Iterable[str] = fresh_ids(len(checked))
-    else:
-        checked, ids = _paired(texts, job_ids)
-    return [_request(job_id, [text], options, settings) for job_id, text in zip(ids, checked, strict=True)]
+        checked = [[check_text(text, index)] for index, text in enumerate(texts)]
+        return _requests(queue, checked, options, settings)
+    _refuse_dedupe(settings)
+    return [
+        _request(job_id, [text], wire.encode_request([text], options), settings)
+        for text, job_id in _paired(texts, job_ids)
+    ]
 
 
-def spread(texts: Sequence[str], per_job: int, options: EmbedOptions, settings: JobSettings) -> list[Request]:
+def spread(
+    queue: str, texts: Sequence[str], per_job: int, options: EmbedOptions, settings: JobSettings
+) -> list[Request]:
     """Any number of checked texts over jobs of up to `per_job`. Raises InvalidTextError for none."""
     if not texts:
         check_texts(texts)
-    slices = list(slice_texts(texts, per_job))
-    return [
-        _request(job_id, part, options, settings) for job_id, part in zip(fresh_ids(len(slices)), slices, strict=True)
-    ]
+    return _requests(queue, list(slice_texts(texts, per_job)), options, settings)
 
 
 def slice_texts(texts: Iterable[str], per_job: int) -> Iterator[list[str]]:
@@ -78,12 +87,17 @@ def slice_texts(texts: Iterable[str], per_job: int) -> Iterator[list[str]]:
         yield part
 
 
-def chunks(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    """Consecutive slices for one call each, within CHUNK_JOBS and CHUNK_BYTES."""
+def chunks(requests: Iterable[Request], settings: JobSettings) -> Iterator[list[Request]]:
+    """Consecutive slices for one call each, within CHUNK_JOBS, CHUNK_BYTES and what the queue may hold at all."""
+    max_jobs = CHUNK_JOBS
+    if settings.max_depth is not None:
+        # Whoever waits for room does better with small pieces: workers are not to run dry meanwhile.
+        share = settings.max_depth // 4 if settings.block_timeout else settings.max_depth
+        max_jobs = max(1, min(CHUNK_JOBS, share))
     chunk: list[Request] = []
     size = 0
     for request in requests:
-        if chunk and (len(chunk) == CHUNK_JOBS or size + len(request.data) > CHUNK_BYTES):
+        if chunk and (len(chunk) == max_jobs or size + len(request.data) > CHUNK_BYTES):
             yield chunk
             chunk, size = [], 0
         chunk.append(request)
@@ -92,40 +106,60 @@ def chunks(requests: Iterable[Request]) -> Iterator[list[Request]]:
         yield chunk
 
 
-def fresh_id() -> str:
-    return os.urandom(ID_BYTES).hex()
-
-
 def fresh_ids(number: int) -> list[str]:
     """As many ids, by one call of the system's randomness."""
     letters, length = os.urandom(ID_BYTES * number).hex(), 2 * ID_BYTES
     return [letters[start : start + length] for start in range(0, len(letters), length)]
 
 
-def _request(job_id: str, texts: Sequence[str], options: EmbedOptions, settings: JobSettings) -> Request:
-    data = wire.encode_request(texts, options)
+def content_id(queue: str, plain: bytes) -> str:
+    """The id of a request under `dedupe`: of its bytes and of its queue, as another may serve another model."""
+    return blake2b(queue.encode() + b"\0" + plain, digest_size=HASH_BYTES).hexdigest()
+
+
+def distinct(requests: Sequence[Request]) -> list[Request]:
+    """Each job once, in order: under `dedupe` the same text makes the same job."""
+    return list({request.job_id: request for request in requests}.values())
+
+
+def _requests(queue: str, jobs: Sequence[list[str]], options: EmbedOptions, settings: JobSettings) -> list[Request]:
+    """Jobs of checked texts with ids of our own."""
+    plain = [wire.plain_request(texts, options) for texts in jobs]
+    ids = [content_id(queue, each) for each in plain] if settings.dedupe else fresh_ids(len(jobs))
+    return [
+        _request(job_id, texts, wire.pack_request(each), settings)
+        for job_id, texts, each in zip(ids, jobs, plain, strict=True)
+    ]
+
+
+def _request(job_id: str, texts: Sequence[str], data: bytes, settings: JobSettings) -> Request:
     return Request(job_id, data, settings.description or _describe(texts), len(texts))
 
 
 def _describe(texts: Sequence[str]) -> str:
     """What RQ's tools show of a job: how much it is, never what it says."""
-    noun = "text" if len(texts) == 1 else "texts"
-    return f"embed {len(texts)} {noun}, {sum(map(len, texts))} characters"
+    if len(texts) == 1:
+        return f"embed 1 text, {len(texts[0])} characters"
+    return f"embed {len(texts)} texts, {sum(map(len, texts))} characters"
+
+
+def _refuse_dedupe(settings: JobSettings) -> None:
+    if settings.dedupe:
+        raise InvalidJobIdError("a job id and dedupe exclude each other: dedupe makes the id of the request")
 
 
 _NOTHING = object()
 
 
-def _paired(texts: Iterable[str], job_ids: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Texts and their ids, checked one by one, each id once."""
-    checked: list[str] = []
-    ids: dict[str, None] = {}
+def _paired(texts: Iterable[str], job_ids: Iterable[str]) -> list[tuple[str, str]]:
+    """Texts and their ids, checked, each id once."""
+    found: dict[str, str] = {}
     # Not zip's own strictness: its ValueError looks like one that the caller's iterators raise.
     for text, job_id in itertools.zip_longest(texts, job_ids, fillvalue=_NOTHING):
         if text is _NOTHING or job_id is _NOTHING:
             raise InvalidJobIdError("there must be as many job_ids as texts")
-        if check_job_id(job_id) in ids:
-            raise InvalidJobIdError(f"job id {job_id} stands twice in job_ids")
-        checked.append(check_text(text, len(checked)))
-        ids[check_job_id(job_id)] = None
-    return checked, list(ids)
+        checked_id = check_job_id(job_id)
+        if checked_id in found:
+            raise InvalidJobIdError(f"job id {checked_id} stands twice in job_ids")
+        found[checked_id] = check_text(text, len(found))
+    return [(text, job_id) for job_id, text in found.items()]

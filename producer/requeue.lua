@@ -5,27 +5,35 @@
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  the job id
 -- ARGV[3]  'RPUSH', or 'LPUSH' for the head of the queue
+-- ARGV[4]  the nonce: unique to this call, so that it gives the same answer when it is sent again
 --
 -- Returns the status found: unless it is failed, stopped or canceled nothing was changed. False if there is no
 -- such job.
 
 local prefix, id = ARGV[1], ARGV[2]
-local fields = redis.call('HMGET', KEYS[1], 'status', 'origin', 'embedq_retries', 'ttl')
+local fields = redis.call('HMGET', KEYS[1], 'status', 'origin', 'embedq_retries', 'ttl', 'embedq_change')
 local status, queue = fields[1], fields[2]
 if not status or not queue then
   return false
+end
+local before = found_before(fields[5], ARGV[4])
+if before then
+  return before
 end
 if status ~= 'failed' and status ~= 'stopped' and status ~= 'canceled' then
   return status
 end
 
-redis.call('ZREM', prefix .. ':failed:' .. queue, id)
-redis.call('ZREM', prefix .. ':canceled:' .. queue, id)
+-- First what a server without memory refuses, so that it refuses before anything has changed.
 redis.call('HSET', KEYS[1], 'status', 'queued', 'enqueued_at', timestamp(), 'started_at', '', 'ended_at', '',
-  'worker_name', '')
+  'worker_name', '', 'embedq_change', ARGV[4] .. ' ' .. status)
 if fields[3] then
   redis.call('HSET', KEYS[1], 'retries_left', fields[3])
 end
+redis.call('SADD', KEYS[2], prefix .. ':queue:' .. queue)
+redis.call(ARGV[3], prefix .. ':queue:' .. queue, id)
+redis.call('ZREM', prefix .. ':failed:' .. queue, id)
+redis.call('ZREM', prefix .. ':canceled:' .. queue, id)
 local ttl = seconds(fields[4], 0)
 if ttl > 0 then
   redis.call('EXPIRE', KEYS[1], ttl)
@@ -34,6 +42,4 @@ else
 end
 redis.call('PERSIST', KEYS[1] .. ':dependents')
 redis.call('PERSIST', prefix .. ':job::' .. id .. ':dependencies')
-redis.call('SADD', KEYS[2], prefix .. ':queue:' .. queue)
-redis.call(ARGV[3], prefix .. ':queue:' .. queue, id)
 return status

@@ -15,6 +15,7 @@ import binascii
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -50,9 +51,25 @@ class EmbedRequest:
 
 def encode_request(texts: Sequence[str], options: EmbedOptions) -> bytes:
     """The `data` field of a job. The same request gives the same bytes."""
-    kwargs: dict[str, Any] = {"texts": texts, **options.to_mapping(), "version": VERSION}
-    plain = orjson.dumps([FUNCTION, None, [], kwargs])
+    return pack_request(plain_request(texts, options))
+
+
+def plain_request(texts: Sequence[str], options: EmbedOptions) -> bytes:
+    """A request before its compression, which is not the same everywhere."""
+    return _HEAD + orjson.dumps(texts) + _tail(options)
+
+
+def pack_request(plain: bytes) -> bytes:
     return zlib.compress(plain, 1) if len(plain) >= COMPRESS_FROM_BYTES else plain
+
+
+_HEAD = b'["%s",null,[],{"texts":' % FUNCTION.encode()
+
+
+@lru_cache(maxsize=256)
+def _tail(options: EmbedOptions) -> bytes:
+    """What follows the texts: the same for thousands of requests."""
+    return b"," + orjson.dumps({**options.to_mapping(), "version": VERSION})[1:] + b"]"
 
 
 def decode_request(data: bytes) -> EmbedRequest:

@@ -17,8 +17,8 @@ import redis
 
 from embedq.producer import keys, scripts, wire
 from embedq.producer.errors import JobFailedError
-from embedq.producer.options import FAILURE_TTL_S, RESULT_TTL_S
 from embedq.producer.queue import format_time
+from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S
 
 #: Leases taken back in one call.
 RECOVER_JOBS = 500

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import redis
+from rq import SimpleWorker
+from rq.command import PUBSUB_CHANNEL_TEMPLATE, handle_command, parse_payload
 
 from embedq.model import NoopEncoder, dequantize, shipped_ranges
 from embedq.producer import (
@@ -37,6 +39,7 @@ from embedq.producer import (
     wire,
 )
 from embedq.producer.connection import connect
+from embedq.worker.claims import ClaimStore
 from tests.conftest import Drain, until
 
 
@@ -502,3 +505,55 @@ def test_both_redis_protocols_do(url: str, drain: Drain, protocol: int) -> None:
         with pytest.raises(JobCanceledError):
             waiting.result(timeout=10)
         timer.join()
+
+
+def test_the_answer_is_the_same_when_redis_py_sends_a_call_again(
+    each_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EmbedQueue(each_url, max_depth=1) as queue:
+        do = queue._do
+
+        def sends_twice(step: calls.Step) -> object:
+            do(step)  # whose reply was lost
+            return do(step)
+
+        monkeypatch.setattr(queue, "_do", sends_twice)
+        job = queue.enqueue("a")
+        assert job.cancel() is True
+        assert job.cancel() is False
+        job.requeue()
+        with pytest.raises(JobStateError):
+            job.requeue()
+        assert queue._redis.lrange(keys.queue("embed"), 0, -1) == [job.id.encode()]
+        assert job.cancel() is True
+
+
+def test_cancel_tells_the_worker_that_has_the_job_at_once(queue: EmbedQueue) -> None:
+    mine, waiting = queue.enqueue("a"), queue.enqueue("b")
+    ClaimStore(queue._client, "w", 30).claim(["embed"], 1, 10**9)
+    with queue._redis.pubsub(ignore_subscribe_messages=True) as channel:
+        channel.subscribe(keys.worker_commands("w"))
+        channel.get_message(timeout=5)
+        waiting.cancel()
+        mine.cancel()
+        message = channel.get_message(timeout=5)
+    assert message["channel"] == (PUBSUB_CHANNEL_TEMPLATE % "w").encode()
+    assert parse_payload(message) == {"command": "embedq-cancel", "job_id": mine.id}
+
+
+def test_a_stock_worker_takes_no_notice_of_our_command(queue: EmbedQueue, caplog: pytest.LogCaptureFixture) -> None:
+    worker = SimpleWorker(["embed"], connection=queue._client)
+    handle_command(worker, {"command": "embedq-cancel", "job_id": "x"})
+    assert caplog.records == []
+
+
+def test_what_the_callers_own_iterators_raise_passes_through(queue: EmbedQueue) -> None:
+    def numbers() -> Iterator[str]:
+        yield "a"
+        int("no number")
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        queue.enqueue_many(numbers(), job_ids=["a", "b"])
+    with pytest.raises(ValueError, match="invalid literal"):
+        queue.enqueue_many(["a", "b"], job_ids=numbers())
+    assert all_keys(queue) == set()

@@ -11,11 +11,10 @@ from embedq.producer.options import (
     MAX_JOB_CHARS,
     MAX_TEXT_CHARS,
     MAX_TEXTS_PER_JOB,
-    JobSettings,
     check_job_id,
     check_texts,
-    split_keywords,
 )
+from embedq.producer.settings import JobSettings, split_keywords
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import rq.worker_registration
 from rq import Queue, SimpleWorker
 from rq.command import send_shutdown_command
 from rq.executions import ExecutionRegistry
+from rq.group import Group
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 
@@ -68,6 +69,9 @@ def test_every_key_name_is_rqs(queue: EmbedQueue) -> None:
     worker = SimpleWorker(["q"], name="w", connection=queue._client)
     assert keys.worker("w") == worker.key
     assert keys.worker_executions("w") == worker.executions_key
+    assert keys.worker_commands("w") == worker.pubsub_channel_name
+    assert keys.group("g") == Group.get_key("g")
+    assert keys.GROUPS == Group.REDIS_GROUP_KEY
     assert keys.WORKERS == rq.worker_registration.REDIS_WORKER_KEYS
     assert keys.SUSPENDED == rq.suspension.WORKERS_SUSPENDED
     assert IntermediateQueue.get_intermediate_queue_key(keys.queue("q")) == "rq:queue:q:intermediate"
