@@ -5,6 +5,10 @@ job = q.enqueue("a text")
 job.result(timeout=30).vectors
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import (
     ConfigurationError,
@@ -26,13 +30,18 @@ from embedq.producer.errors import (
     ResultTimeoutError,
     WireError,
 )
-from embedq.producer.jobs import EmbedJob
+from embedq.producer.jobs import AsyncEmbedJob, EmbedJob
 from embedq.producer.options import EmbedOptions
 from embedq.producer.queue import EmbedQueue
 from embedq.producer.serializer import EmbedSerializer
 from embedq.producer.status import JobStatus
 
+if TYPE_CHECKING:
+    from embedq.producer.async_queue import AsyncEmbedQueue
+
 __all__ = [
+    "AsyncEmbedJob",
+    "AsyncEmbedQueue",
     "ConfigurationError",
     "DuplicateJobError",
     "EmbedJob",
@@ -59,3 +68,11 @@ __all__ = [
     "Timings",
     "WireError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AsyncEmbedQueue":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from embedq.producer.async_queue import AsyncEmbedQueue
+
+    return AsyncEmbedQueue
