@@ -38,11 +38,11 @@ from embedq.producer.result_streams import ResultStreams, bulk
 
 #: Jobs of one call that are watched at a time; the others wait for their turn.
 CALL_WINDOW = 128
-#: Streams in one read: more hold the server up for more than 5 ms. The others have their turn in the next read.
-READ_WINDOW = 4096
+#: Streams in one read: more hold the server up for more than 10 ms. The others have their turn in the next.
+READ_WINDOW = 8192
 #: Seconds that a read blocks at most, and while there are more streams than fit.
 BLOCK_S = 5.0
-TURN_S = 0.25
+TURN_S = 1.0
 #: Seconds between the starts of two reads, per stream: a read of n streams costs the server 1.1 n us.
 PACE_S = 1e-5
 #: Jobs in one look, and looked at again per LOOK_AGAIN_S: those whose last look is the longest ago.
@@ -145,7 +145,6 @@ class AsyncResultReader:
         self._joined = asyncio.Event()
         #: Whether a watch is not part of the read under way.
         self._has_unread = False
-        self._num_reads = 0
         self._task: asyncio.Task[None] | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._is_closed = False
@@ -213,18 +212,12 @@ class AsyncResultReader:
     # --- the task's side
 
     async def _run(self) -> None:
-        """Serves until nobody waits. A connection that breaks is made anew, as often as a command is sent again."""
-        failures = 0
+        """Serves until nobody waits. What breaks is told to all who wait."""
         while self._newcomers or self._watches:
-            reads_before = self._num_reads
             try:
                 await self._serve()
             except Exception as err:
-                failures = failures + 1 if self._num_reads == reads_before else 1
-                if failures > RETRIES or not isinstance(err, redis.RedisError) or not is_passing(err):
-                    self._fail(partial(self._failure, err))
-                else:
-                    await asyncio.sleep(BACKOFF.compute(failures))
+                self._fail(partial(self._failure, err))
 
     async def _serve(self) -> None:
         self._loops = [asyncio.create_task(self._look_on()), asyncio.create_task(self._read_on())]
@@ -300,13 +293,24 @@ class AsyncResultReader:
         return None, entry[0] if entry else BEFORE_ALL
 
     async def _read_on(self) -> None:
-        """Reads what is watched, at a pace that leaves the server to others however much that is."""
+        """Reads what is watched, at a pace that leaves the server to others however much that is.
+
+        A connection that breaks is made anew, as often as redis-py sends a command.
+        """
+        failures = 0
         while True:
             if not self._watches:
                 self._joined.clear()
                 await self._joined.wait()
             next_at = time.monotonic() + PACE_S * min(READ_WINDOW, len(self._watches))
-            await self._read()
+            try:
+                await self._read()
+                failures = 0
+            except redis.RedisError as err:
+                failures += 1
+                if failures > RETRIES or not is_passing(err):
+                    raise
+                next_at = time.monotonic() + BACKOFF.compute(failures)
             await asyncio.sleep(max(0.0, next_at - time.monotonic()))
 
     async def _read(self) -> None:
@@ -320,7 +324,6 @@ class AsyncResultReader:
             if is_passing(err) or not await self._drop_bad(list(window.values())):
                 raise
             return
-        self._num_reads += 1
         for key, entry_id, fields in news:
             self._take(window[key], entry_id, fields)
         if not is_all:

@@ -50,15 +50,14 @@ class ResultStreams:
                 await self._unblock(0)
             if not self._can_call_off:
                 block_s = min(block_s, DEAF_BLOCK_S)
-            if self._connection is None:
-                self._connection = await self._pool.get_connection()
+            connection = self._connection = self._connection or await self._pool.get_connection()
             try:
-                await self._connection.send_packed_command(_request(positions, block_s))
+                await connection.send_packed_command(_request(positions, block_s))
                 async with asyncio.timeout(block_s + ANSWER_S):
-                    return _news(await self._answer())
+                    return _news(await self._answer(connection))
             except BaseException:
                 # An answer may be on its way that nobody will ask for.
-                await self._connection.disconnect(nowait=True)
+                await connection.disconnect(nowait=True)
                 raise
         except TimeoutError as err:
             raise redis.TimeoutError("a blocking read was not answered") from err
@@ -67,13 +66,13 @@ class ResultStreams:
             self._id = None
             self._num_reads += 1
 
-    async def _answer(self) -> Any:
+    async def _answer(self, connection: Any) -> Any:
         # Each connection has another number, and redis-py may have made a new one.
         try:
-            self._id = int(await self._connection.read_response(timeout=math.inf))
+            self._id = int(await connection.read_response(timeout=math.inf))
         except redis.ResponseError:
             self._can_call_off = False
-        return await self._connection.read_response(timeout=math.inf)
+        return await connection.read_response(timeout=math.inf)
 
     async def call_off(self) -> None:
         """Ends the read under way, if any. Returns when Redis has let it go, or has ended it by itself."""
