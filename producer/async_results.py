@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import heapq
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -22,6 +21,7 @@ import redis.asyncio
 from embedq.producer import keys
 from embedq.producer.connection import BACKOFF, RETRIES, describe, is_passing, translate
 from embedq.producer.errors import EmbedqError, QueueConnectionError
+from embedq.producer.mailbox import Mailbox, Verdict
 from embedq.producer.outcomes import (
     BEFORE_ALL,
     LOOK_AGAIN_S,
@@ -51,62 +51,6 @@ LOOK_JOBS = 256
 #: Seconds after which a task is canceled again that has not ended.
 CANCEL_AGAIN_S = 0.1
 
-#: Decodes a result; called by the call that waits for it, so that a long one holds up no other.
-Verdict = Callable[[], Outcome]
-
-
-class _Call:
-    """One call that waits for jobs: what it has been told, and what it is still to be told."""
-
-    __slots__ = ("_changed", "_ended", "_make_error", "unlooked", "waiting")
-
-    def __init__(self) -> None:
-        #: Jobs that have not ended; of these, jobs that nobody has looked at yet.
-        self.waiting: set[str] = set()
-        self.unlooked: set[str] = set()
-        self._ended: deque[tuple[str, Verdict]] = deque()
-        self._make_error: Callable[[], Exception] | None = None
-        self._changed = asyncio.Event()
-
-    @property
-    def is_over(self) -> bool:
-        return not self.waiting and not self._ended
-
-    def tell(self, job_id: str, verdict: Verdict | None) -> None:
-        """That a job was looked at, or what it came to."""
-        self.unlooked.discard(job_id)
-        if verdict is not None and job_id in self.waiting:
-            self.waiting.discard(job_id)
-            self._ended.append((job_id, verdict))
-        if self._ended or not self.unlooked:
-            self._changed.set()
-
-    def fail(self, make_error: Callable[[], Exception]) -> None:
-        """One failure reaches many calls: each raises an error of its own."""
-        self._make_error = make_error
-        self._changed.set()
-
-    async def news(self, deadline: float | None) -> Sequence[tuple[str, Verdict]]:
-        """Jobs that have ended, at least one; [] after the deadline, but not before each job was looked at once.
-
-        Raises what `fail` was told.
-        """
-        while not self._ended:
-            if self._make_error is not None:
-                raise self._make_error()
-            left = None if deadline is None or self.unlooked else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return []
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(left):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
-        ended = list(self._ended)
-        self._ended.clear()
-        return ended
-
 
 class _Watch:
     """One job that has not ended, and the calls that wait for it."""
@@ -115,7 +59,7 @@ class _Watch:
 
     def __init__(self, job_id: str, key: bytes) -> None:
         self.job_id = job_id
-        self.calls: set[_Call] = set()
+        self.calls: set[Mailbox] = set()
         self.looked_at_s = 0.0
         self._key = bulk(key)
         self.see(BEFORE_ALL)
@@ -138,7 +82,7 @@ class AsyncResultReader:
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self._client = client
         self._streams = ResultStreams(client)
-        self._newcomers: dict[tuple[_Call, str], None] = {}
+        self._newcomers: dict[tuple[Mailbox, str], None] = {}
         self._watches: dict[bytes, _Watch] = {}
         #: Set when there is something to look at, to read.
         self._arrived = asyncio.Event()
@@ -151,35 +95,38 @@ class AsyncResultReader:
 
     # --- the calls' side
 
-    async def outcomes(
-        self, job_ids: Iterable[str], timeout_s: float | None, *, are_fresh: bool = False
-    ) -> AsyncIterator[tuple[str, Outcome]]:
+    async def outcomes(self, job_ids: Iterable[str], timeout_s: float | None) -> AsyncIterator[tuple[str, Outcome]]:
         """Each job once, about as it ends: CALL_WINDOW of them are watched at a time, in the given order.
 
         What has not ended in time comes as ResultTimeoutError. `timeout_s` None waits for good, 0 only looks.
-        `are_fresh`: they were just made, so the first look is left out. Raises QueueConnectionError.
+        Raises QueueConnectionError.
         """
         ids = iter(dict.fromkeys(job_ids))
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        call = _Call()
+        call = Mailbox()
         try:
-            while self._subscribe(call, ids, are_fresh):
+            while True:
+                self.subscribe(call, islice(ids, CALL_WINDOW - len(call.waiting)))
+                if call.is_over:
+                    return
                 news = await call.news(deadline)
-                for job_id, verdict in news:
-                    yield job_id, verdict()
+                for job_id, outcome in news:
+                    yield job_id, outcome
                 if not news:
                     late = list(call.waiting)
-                    self._unsubscribe(call)
+                    self.unsubscribe(call)
                     for job_id in late:
                         yield job_id, timed_out(job_id, timeout_s)
         finally:
-            self._unsubscribe(call)
+            self.unsubscribe(call)
 
-    def _subscribe(self, call: _Call, job_ids: Iterator[str], are_fresh: bool) -> bool:
-        """Fills the call's window. Whether there is anything left to wait for."""
+    def subscribe(self, call: Mailbox, job_ids: Iterable[str], *, are_fresh: bool = False) -> None:
+        """Lets the call know of these jobs until `unsubscribe`. `are_fresh`: they were just made, so the first look
+        is left out. Raises QueueConnectionError once closed.
+        """
         if self._is_closed:
             raise _closed()
-        for job_id in islice(job_ids, CALL_WINDOW - len(call.waiting)):
+        for job_id in job_ids:
             call.waiting.add(job_id)
             if are_fresh:
                 self._join(call, job_id, BEFORE_ALL)
@@ -189,9 +136,8 @@ class AsyncResultReader:
             self._arrived.set()
         if call.waiting and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._run(), name="embedq results")
-        return not call.is_over
 
-    def _unsubscribe(self, call: _Call) -> None:
+    def unsubscribe(self, call: Mailbox) -> None:
         for job_id in call.waiting:
             self._newcomers.pop((call, job_id), None)
             watch = self._watches.get(_stream_key(job_id))
@@ -199,8 +145,7 @@ class AsyncResultReader:
                 watch.calls.discard(call)
                 if not watch.calls:
                     del self._watches[_stream_key(job_id)]
-        call.waiting.clear()
-        call.unlooked.clear()
+        call.forget_all()
 
     async def close(self) -> None:
         """Ends the task; calls that still wait raise QueueConnectionError."""
@@ -346,7 +291,7 @@ class AsyncResultReader:
             if self._watches.get(key) is watch:
                 self._watches[key] = self._watches.pop(key)
 
-    def _join(self, call: _Call, job_id: str, last: bytes) -> None:
+    def _join(self, call: Mailbox, job_id: str, last: bytes) -> None:
         key = _stream_key(job_id)
         watch = self._watches.get(key)
         if watch is None:

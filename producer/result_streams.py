@@ -16,7 +16,7 @@ import redis.asyncio
 
 #: Seconds that Redis may take to answer beyond those it was asked to block.
 ANSWER_S = 30.0
-#: Seconds until a call-off is sent again that came before Redis had begun to block.
+#: Seconds until a call-off is sent again that came before Redis had begun to block, at first.
 CALL_OFF_AGAIN_S = 0.001
 #: Seconds that a read blocks at most where Redis permits no call-off (`CLIENT UNBLOCK`).
 DEAF_BLOCK_S = 0.05
@@ -76,11 +76,12 @@ class ResultStreams:
 
     async def call_off(self) -> None:
         """Ends the read under way, if any. Returns when Redis has let it go, or has ended it by itself."""
-        number = self._num_reads
+        number, pause_s = self._num_reads, CALL_OFF_AGAIN_S
         while self._is_reading and self._num_reads == number and self._can_call_off is not False:
             if self._id is not None and await self._unblock(self._id):
                 return
-            await asyncio.sleep(CALL_OFF_AGAIN_S)
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
 
     async def _unblock(self, connection_id: int) -> bool:
         try:
