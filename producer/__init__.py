@@ -35,6 +35,7 @@ from embedq.producer.options import EmbedOptions
 from embedq.producer.queue import EmbedQueue
 from embedq.producer.serializer import EmbedSerializer
 from embedq.producer.status import JobStatus
+from embedq.producer.streaming import TextEmbedding
 
 if TYPE_CHECKING:
     from embedq.producer.async_queue import AsyncEmbedQueue
@@ -65,6 +66,7 @@ __all__ = [
     "QueueFull",
     "QueueServerError",
     "ResultTimeoutError",
+    "TextEmbedding",
     "Timings",
     "WireError",
 ]

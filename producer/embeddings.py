@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,6 +59,14 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.num_tokens)
 
+    def split(self) -> list[Embeddings]:
+        """One result a text, all else as in this one."""
+        rows = self.tokens if self.output == "tokens" else [self.vectors[i : i + 1] for i in range(len(self))]
+        return [
+            replace(self, vectors=row, num_tokens=(num_tokens,), truncated=(cut,))
+            for row, num_tokens, cut in zip(rows, self.num_tokens, self.truncated, strict=True)
+        ]
+
     @classmethod
     def concatenate(cls, parts: Sequence[Embeddings]) -> Embeddings:
         """Several jobs' results as one, in the given order; times are summed, `total_s` is the longest."""
@@ -73,7 +81,7 @@ class Embeddings:
             truncated=tuple(t for part in parts for t in part.truncated),
             model=parts[0].model,
             revision=parts[0].revision,
-            worker=",".join(dict.fromkeys(part.worker for part in parts)),
+            worker=",".join(dict.fromkeys(part.worker for part in parts if part.worker)),
             output=parts[0].output,
             calibration=",".join(dict.fromkeys(part.calibration for part in parts)),
             timings=Timings(

@@ -147,6 +147,10 @@ class JobFailedError(EmbedqError):
         }
         return type(self), (self.message,), state
 
+    def of_text(self, index: int) -> JobFailedError:
+        """The same failure in the caller's count of texts, where a job held only some of them."""
+        return JobFailedError(self.message, code=self.code, retryable=self.retryable, text_index=index)
+
     @classmethod
     def abandoned(cls) -> JobFailedError:
         message = "a worker died with the job in hand and no retries were left"

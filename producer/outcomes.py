@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -62,9 +63,9 @@ class Watch:
             else:
                 self._last[job_id] = entry[0] if entry else BEFORE_ALL
 
-    def streams(self) -> dict[str, bytes]:
-        """What XREAD takes."""
-        return {keys.results(job_id): last for job_id, last in self._last.items()}
+    def streams(self, at_most: int | None = None) -> dict[str, bytes]:
+        """What XREAD takes: of those that are watched the longest."""
+        return {keys.results(job_id): last for job_id, last in itertools.islice(self._last.items(), at_most)}
 
     def news(self, reply: Any) -> Iterator[tuple[str, Outcome]]:
         """Outcomes of the jobs that XREAD's reply tells of; they are watched no longer."""

@@ -7,6 +7,8 @@ Knows the public surface and does the round trips; what is asked of Redis is in 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -19,13 +21,24 @@ from embedq.producer import calls, requests, scripts
 from embedq.producer.checks import lone_surrogate, shown
 from embedq.producer.connection import DEFAULT_URL, check_client, connect, describe, translate
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import ConfigurationError, EmbedqError, ResultTimeoutError
+from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError, JobFailedError, ResultTimeoutError
 from embedq.producer.jobs import EmbedJob
 from embedq.producer.options import EmbedOptions, check_job_id, check_text
-from embedq.producer.outcomes import Outcome
+from embedq.producer.outcomes import Outcome, Watch
 from embedq.producer.results import ResultReader
-from embedq.producer.settings import EnqueueKeywords, JobSettings, split_keywords
+from embedq.producer.settings import EnqueueKeywords, JobSettings, job_ids_of, split_keywords
 from embedq.producer.status import JobStatus
+from embedq.producer.streaming import (
+    SHARING_KEYWORDS,
+    SILENCE_S,
+    WINDOW_TEXTS,
+    Enqueued,
+    OnError,
+    StreamSettings,
+    TextEmbedding,
+    TextStream,
+)
+from embedq.producer.vector_cache import VectorCache
 
 Result = TypeVar("Result")
 
@@ -133,39 +146,78 @@ class EmbedQueue:
         return [EmbedJob(request.job_id, self) for request in made]
 
     def embed(
-        self, texts: str | Iterable[str], *, timeout: float | None = 60, **keywords: Unpack[EnqueueKeywords]
+        self,
+        texts: str | Iterable[str],
+        *,
+        timeout: float | None = 60,
+        cache_ttl: int | None = None,
+        **keywords: Unpack[EnqueueKeywords],
     ) -> Embeddings:
         """Enqueues any number of texts and waits: (n, d) in their order. [] raises InvalidTextError.
 
-        Raises the first failure as `result` does. Whatever is still waiting when it raises is canceled, except
-        under `dedupe`, where others may wait for it too.
+        With `cache_ttl` each text's vectors are kept so many seconds by the hash of text, options and `model`, which
+        must be named, and only what is not there is enqueued.
+
+        Raises the first failure as `result` does, its `text_index` that of `texts`. Whatever is still waiting when it
+        raises is canceled, except under `dedupe`, where others may wait for it too.
         """
-        everything = [texts] if isinstance(texts, str) else list(texts)
-        for index, text in enumerate(everything):
-            check_text(text, index)
-        keywords.setdefault("result_ttl", EMBED_RESULT_TTL_S)
-        options, settings = self._split(keywords)
-        per_job = TEXTS_PER_TOKEN_JOB if options.output == "tokens" else TEXTS_PER_EMBED_JOB
-        made = requests.spread(self.name, everything, per_job, options, settings)
-        job_ids = [request.job_id for request in made]  # under dedupe one may stand twice
-        deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            self._run(calls.enqueue_in_chunks(self.name, made, settings))
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            parts: dict[str, Embeddings] = {}
-            for job_id, outcome in self._outcomes(job_ids, left):
-                if isinstance(outcome, ResultTimeoutError):
-                    raise ResultTimeoutError(
-                        f"{len(everything):,} texts took more than {timeout:g} s; what still waited is canceled"
-                    )
-                if isinstance(outcome, EmbedqError):
-                    raise outcome
-                parts[job_id] = outcome
-        except BaseException:
-            if not settings.dedupe:  # else others may wait for the same jobs
-                self._give_up(job_ids)
-            raise
-        return Embeddings.concatenate([parts[job_id] for job_id in job_ids])
+        everything = [texts] if isinstance(texts, str) else [check_text(text, i) for i, text in enumerate(texts)]
+        options, settings = self._split({"result_ttl": EMBED_RESULT_TTL_S, **keywords})
+        if cache_ttl is None:
+            return self._embed(everything, options, settings, timeout)
+        cache = VectorCache(options, cache_ttl)
+        parts = self._run(cache.look_up(everything))
+        places = [place for place, part in enumerate(parts) if part is None]
+        if places or not parts:
+            missing = [everything[place] for place in places]
+            try:
+                found = self._embed(missing, options, settings, timeout).split()
+            except JobFailedError as err:
+                raise err if err.text_index is None else err.of_text(places[err.text_index]) from err
+            self._run(cache.store(zip(missing, found, strict=True)))
+            for place, part in zip(places, found, strict=True):
+                parts[place] = part
+        return Embeddings.concatenate([part for part in parts if part is not None])
+
+    def embed_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        window: int = WINDOW_TEXTS,
+        ordered: bool = True,
+        texts_per_job: int | None = None,
+        timeout: float | None = SILENCE_S,
+        on_error: OnError = "raise",
+        cache_ttl: int | None = None,
+        **keywords: Unpack[EnqueueKeywords],
+    ) -> Iterator[TextEmbedding]:
+        """Embeds any number of texts, `window` of them under way at most; one result a text, in order unless `ordered`
+        is false. Texts are taken a quarter of the window at a time: for a source that trickles, choose a small one.
+
+        A text that fails ends the stream with its error where its job begins, or with `on_error="yield"` comes out as
+        an item with `error`; texts that shared its job are then enqueued again without it. `timeout`: seconds without
+        any result, after which ResultTimeoutError is raised. `cache_ttl` as in `embed`. Leaving the stream early
+        cancels what still waits, except under `dedupe`. Results are deleted once they are read, unless `result_ttl`,
+        `dedupe`, `group` or a callback says that somebody else may want them.
+        """
+        if isinstance(texts, str):
+            raise InvalidTextError("embed_stream takes any number of texts; embed takes one")
+        is_private = not keywords.keys() & SHARING_KEYWORDS
+        options, settings = self._split(keywords if is_private else {"result_ttl": EMBED_RESULT_TTL_S, **keywords})
+        stream = TextStream(
+            self.name,
+            options,
+            settings,
+            StreamSettings(
+                window=window,
+                ordered=ordered,
+                texts_per_job=_texts_per_job(options) if texts_per_job is None else texts_per_job,
+                on_error=on_error,
+                forget=is_private,
+            ),
+            None if cache_ttl is None else VectorCache(options, cache_ttl),
+        )
+        return self._stream(stream, iter(texts), timeout)
 
     # --- following jobs
 
@@ -197,6 +249,16 @@ class EmbedQueue:
         ids = [check_job_id(job_id) for job_id in job_ids]
         found = dict(self._outcomes(ids, timeout))
         return {job_id: found[job_id] for job_id in ids}
+
+    def as_completed(
+        self, jobs: Iterable[str | EmbedJob], timeout: float | None = 30
+    ) -> Iterator[tuple[EmbedJob, Outcome]]:
+        """Each job once, as it ends, with its embeddings or the error that `result` would raise for it.
+
+        What has not ended after `timeout` seconds comes last, with ResultTimeoutError.
+        """
+        ids = job_ids_of(jobs)
+        return ((EmbedJob(job_id, self), outcome) for job_id, outcome in self._outcomes(list(ids), timeout))
 
     # --- changing jobs
 
@@ -274,6 +336,62 @@ class EmbedQueue:
         except redis.RedisError as err:
             raise translate(err, describe(self._client)) from err
 
+    def _embed(
+        self, texts: list[str], options: EmbedOptions, settings: JobSettings, timeout: float | None
+    ) -> Embeddings:
+        """`embed` of checked texts without a cache."""
+        made = requests.spread(self.name, texts, _texts_per_job(options), options, settings)
+        job_ids = [request.job_id for request in made]  # under dedupe one may stand twice
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            self._run(calls.enqueue_in_chunks(self.name, made, settings))
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            parts: dict[str, Embeddings] = {}
+            for job_id, outcome in self._outcomes(job_ids, left):
+                if isinstance(outcome, ResultTimeoutError):
+                    raise ResultTimeoutError(
+                        f"{len(texts):,} texts took more than {timeout:g} s; what still waited is canceled"
+                    )
+                if isinstance(outcome, EmbedqError):
+                    raise requests.failure_in(made, job_id, outcome)
+                parts[job_id] = outcome
+        except BaseException:
+            if not settings.dedupe:  # else others may wait for the same jobs
+                self._give_up(job_ids)
+            raise
+        return Embeddings.concatenate([parts[job_id] for job_id in job_ids])
+
+    def _stream(self, stream: TextStream, source: Iterator[str], timeout: float | None) -> Iterator[TextEmbedding]:
+        reader, watch = ResultReader(self._client), Watch()
+
+        def wait_for(jobs: Enqueued) -> None:
+            watch.add_fresh(jobs.fresh)
+            while ended := reader.look(watch, jobs.known):
+                jobs = self._run(stream.take(ended))
+                watch.add_fresh(jobs.fresh)
+
+        is_exhausted, silent_s = False, 0.0
+        try:
+            while not (is_exhausted and stream.is_empty):
+                room = 0 if is_exhausted else stream.room
+                texts = list(itertools.islice(source, room))
+                is_exhausted = is_exhausted or len(texts) < room
+                wait_for(self._run(stream.fill(texts)))
+                yield from stream.pop_ready()
+                if not watch:
+                    continue
+                began = time.monotonic()
+                must_wait = is_exhausted or not stream.room
+                left = math.inf if timeout is None else max(0.0, timeout - silent_s)
+                news = reader.read(watch, left if must_wait else 0)
+                silent_s = 0.0 if news or not must_wait else silent_s + time.monotonic() - began
+                if timeout is not None and silent_s >= timeout:
+                    raise ResultTimeoutError(f"no result for {timeout:g} s; what still waited is canceled")
+                wait_for(self._run(stream.take(news)))
+                yield from stream.pop_ready()
+        finally:
+            self._give_up(stream.waiting_jobs())
+
     def _outcomes(self, job_ids: list[str], timeout: float | None) -> Iterator[tuple[str, Outcome]]:
         return ResultReader(self._client).outcomes(job_ids, timeout)
 
@@ -281,6 +399,10 @@ class EmbedQueue:
         """The error under way matters more than one from here; what cannot be canceled expires by itself."""
         with contextlib.suppress(EmbedqError):
             self._run(calls.cancel_all(job_ids))
+
+
+def _texts_per_job(options: EmbedOptions) -> int:
+    return TEXTS_PER_TOKEN_JOB if options.output == "tokens" else TEXTS_PER_EMBED_JOB
 
 
 def format_time(moment: datetime) -> str:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from embedq.producer import wire
-from embedq.producer.errors import InvalidJobIdError, InvalidTextError
+from embedq.producer.errors import EmbedqError, InvalidJobIdError, InvalidTextError, JobFailedError
 from embedq.producer.options import (
     MAX_JOB_CHARS,
     EmbedOptions,
@@ -120,6 +120,14 @@ def content_id(queue: str, plain: bytes) -> str:
 def distinct(requests: Sequence[Request]) -> list[Request]:
     """Each job once, in order: under `dedupe` the same text makes the same job."""
     return list({request.job_id: request for request in requests}.values())
+
+
+def failure_in(requests: Sequence[Request], job_id: str, error: EmbedqError) -> EmbedqError:
+    """A job's error in the count of all the texts that were spread over the jobs."""
+    if not isinstance(error, JobFailedError) or error.text_index is None:
+        return error
+    before = itertools.takewhile(lambda request: request.job_id != job_id, requests)
+    return error.of_text(sum(request.num_texts for request in before) + error.text_index)
 
 
 def _requests(queue: str, jobs: Sequence[list[str]], options: EmbedOptions, settings: JobSettings) -> list[Request]:

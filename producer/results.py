@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import redis
@@ -17,6 +17,8 @@ from embedq.producer.outcomes import LOOK_AGAIN_S, Outcome, Watch, look_commands
 
 #: Jobs watched in one XREAD; the others wait for their turn.
 WINDOW = 128
+#: Streams in one XREAD for jobs of which many end at a time.
+STREAMS = 512
 
 
 class ResultReader:
@@ -52,6 +54,26 @@ class ResultReader:
             yield from news
             if not news:
                 yield from self._look(watch.ids(), watch)
+
+    def read(self, watch: Watch, block_s: float) -> list[tuple[str, Outcome]]:
+        """What has ended, waited for up to `block_s`, but no longer than a socket may be silent; 0 only looks.
+
+        Of more than STREAMS jobs those watched the longest are waited for, and after a silence all are looked at.
+        """
+        slice_s = min(block_s, self._slice_s)
+        with translated_errors(self._redis):
+            reply = self._redis.xread(watch.streams(STREAMS), block=max(1, int(slice_s * 1000)) if block_s else None)
+        news = list(watch.news(reply))
+        if not news and slice_s == self._slice_s:
+            return self.look(watch, watch.ids())
+        return news
+
+    def look(self, watch: Watch, job_ids: Sequence[str]) -> list[tuple[str, Outcome]]:
+        """Those of the jobs that have ended; the others are watched."""
+        outcomes: list[tuple[str, Outcome]] = []
+        for start in range(0, len(job_ids), WINDOW):
+            outcomes.extend(self._look(list(job_ids[start : start + WINDOW]), watch))
+        return outcomes
 
     def _look(self, job_ids: list[str], watch: Watch) -> Iterator[tuple[str, Outcome]]:
         """Yields the jobs that have ended; the others are watched."""
