@@ -7,7 +7,8 @@ Knows how the steps are done without blocking; what is asked of Redis is in `cal
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -15,18 +16,30 @@ from typing import Any, Self, Unpack
 import redis
 import redis.asyncio
 
-from embedq.producer import calls, requests, scripts
+from embedq.producer import calls, embedding, requests, scripts
 from embedq.producer.async_results import AsyncResultReader
-from embedq.producer.calls import Result
+from embedq.producer.calls import News, Result, WaitFor
 from embedq.producer.connection import DEFAULT_URL, check_client, connect_async, describe, translate
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import ConfigurationError, EmbedqError
+from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError
 from embedq.producer.jobs import AsyncEmbedJob
+from embedq.producer.mailbox import Mailbox
 from embedq.producer.options import EmbedOptions, check_job_id
 from embedq.producer.outcomes import Outcome
 from embedq.producer.queue import DEFAULT_QUEUE, check_queue_name
-from embedq.producer.settings import EnqueueKeywords, JobSettings, split_keywords
+from embedq.producer.settings import EnqueueKeywords, JobSettings, job_ids_of, split_keywords
 from embedq.producer.status import JobStatus
+from embedq.producer.streaming import (
+    SILENCE_S,
+    WINDOW_TEXTS,
+    HandOut,
+    OnError,
+    StreamStep,
+    Take,
+    TextEmbedding,
+    open_stream,
+)
+from embedq.producer.text_source import TextSource, text_source
 
 #: Connections that all calls of one queue share; waiting for results takes two more, however many wait.
 MAX_CONNECTIONS = 16
@@ -111,6 +124,49 @@ class AsyncEmbedQueue:
         await self._run(calls.enqueue_in_chunks(self.name, made, settings))
         return [AsyncEmbedJob(request.job_id, self) for request in made]
 
+    async def embed(
+        self,
+        texts: str | Iterable[str],
+        *,
+        timeout: float | None = 60,
+        cache_ttl: int | None = None,
+        **keywords: Unpack[EnqueueKeywords],
+    ) -> Embeddings:
+        """See `EmbedQueue.embed`."""
+        options, settings = self._split({"result_ttl": embedding.EMBED_RESULT_TTL_S, **keywords})
+        return await self._run(embedding.embed(self.name, texts, options, settings, timeout, cache_ttl))
+
+    def embed_stream(
+        self,
+        texts: Iterable[str] | AsyncIterable[str],
+        *,
+        window: int = WINDOW_TEXTS,
+        ordered: bool = True,
+        texts_per_job: int | None = None,
+        timeout: float | None = SILENCE_S,
+        on_error: OnError = "raise",
+        cache_ttl: int | None = None,
+        **keywords: Unpack[EnqueueKeywords],
+    ) -> AsyncGenerator[TextEmbedding, None]:
+        """See `EmbedQueue.embed_stream`; to be read by `async for`.
+
+        Of an async iterable, texts that trickle are sent on as they come. Who leaves the loop early does well to
+        `aclose()` the stream (`contextlib.aclosing`): it cancels what still waits.
+        """
+        if isinstance(texts, str):
+            raise InvalidTextError("embed_stream takes any number of texts; embed takes one")
+        stream = open_stream(
+            self.name,
+            keywords,
+            defaults=self._defaults,
+            window=window,
+            ordered=ordered,
+            texts_per_job=texts_per_job,
+            on_error=on_error,
+            cache_ttl=cache_ttl,
+        )
+        return self._stream(stream.run(timeout), text_source(texts))
+
     # --- following jobs
 
     async def job(self, job_id: str) -> AsyncEmbedJob:
@@ -138,6 +194,12 @@ class AsyncEmbedQueue:
         ids = [check_job_id(job_id) for job_id in job_ids]
         found = {job_id: outcome async for job_id, outcome in self._outcomes(ids, timeout)}
         return {job_id: found[job_id] for job_id in ids}
+
+    def as_completed(
+        self, jobs: Iterable[str | AsyncEmbedJob], timeout: float | None = 30
+    ) -> AsyncIterator[tuple[AsyncEmbedJob, Outcome]]:
+        """See `EmbedQueue.as_completed`; to be read by `async for`."""
+        return self._as_completed(list(job_ids_of(jobs)), timeout)
 
     # --- changing jobs
 
@@ -187,23 +249,60 @@ class AsyncEmbedQueue:
         return AsyncEmbedJob(request.job_id, self)
 
     async def _run(self, operation: calls.Operation[Result]) -> Result:
-        """Does an operation's steps, one after the other."""
+        """Does an operation's steps, one after the other; what a step ends in is thrown in."""
+        call = Mailbox()
         try:
             step = next(operation)
             while True:
                 try:
-                    reply = await self._do(step)
-                except EmbedqError as err:
+                    reply = await self._do(step, call)
+                except (Exception, asyncio.CancelledError) as err:
                     step = operation.throw(err)
                 else:
                     step = operation.send(reply)
         except StopIteration as end:
             result: Result = end.value
             return result
+        finally:
+            self._reader.unsubscribe(call)
 
-    async def _do(self, step: calls.Step) -> Any:
+    async def _stream(
+        self, operation: Generator[StreamStep, Any, None], source: TextSource
+    ) -> AsyncGenerator[TextEmbedding, None]:
+        """The same, and hands out items."""
+        call = Mailbox()
+        try:
+            step = next(operation)
+            while True:
+                reply: Any = None
+                try:
+                    if isinstance(step, HandOut):
+                        yield step.item
+                    elif isinstance(step, Take):
+                        reply = await source.take(step.count, may_wait=step.may_wait)
+                    elif isinstance(step, News) and step.or_texts:
+                        reply = await source.news_or_texts(call, step.timeout_s)
+                    else:
+                        reply = await self._do(step, call)
+                except BaseException as err:
+                    step = operation.throw(err)
+                else:
+                    step = operation.send(reply)
+        except StopIteration:
+            return
+        finally:
+            self._reader.unsubscribe(call)
+            await source.close()
+
+    async def _do(self, step: calls.Step, call: Mailbox) -> Any:
         if isinstance(step, calls.Pause):
             return await asyncio.sleep(step.seconds)
+        if isinstance(step, News):
+            return await call.news(None if step.timeout_s is None else time.monotonic() + step.timeout_s)
+        if isinstance(step, WaitFor):
+            self._reader.subscribe(call, step.fresh, are_fresh=True)
+            self._reader.subscribe(call, step.known)
+            return []
         try:
             async with self._free_connections:
                 if isinstance(step, calls.ScriptCall):
@@ -217,3 +316,9 @@ class AsyncEmbedQueue:
 
     def _outcomes(self, job_ids: list[str], timeout: float | None) -> AsyncIterator[tuple[str, Outcome]]:
         return self._reader.outcomes(job_ids, timeout)
+
+    async def _as_completed(
+        self, job_ids: list[str], timeout: float | None
+    ) -> AsyncIterator[tuple[AsyncEmbedJob, Outcome]]:
+        async for job_id, outcome in self._outcomes(job_ids, timeout):
+            yield AsyncEmbedJob(job_id, self), outcome

@@ -35,6 +35,7 @@ from embedq.producer.outcomes import (
     timed_out,
 )
 from embedq.producer.result_streams import ResultStreams, bulk
+from embedq.producer.tasks import stop
 
 #: Jobs of one call that are watched at a time; the others wait for their turn.
 CALL_WINDOW = 128
@@ -47,9 +48,6 @@ TURN_S = 1.0
 PACE_S = 1e-5
 #: Jobs in one look, and looked at again per LOOK_AGAIN_S: those whose last look is the longest ago.
 LOOK_JOBS = 256
-
-#: Seconds after which a task is canceled again that has not ended.
-CANCEL_AGAIN_S = 0.1
 
 
 class _Watch:
@@ -151,7 +149,7 @@ class AsyncResultReader:
         """Ends the task; calls that still wait raise QueueConnectionError."""
         self._is_closed = True
         if self._task is not None:
-            await _stop([self._task, *self._loops])
+            await stop([self._task, *self._loops])
         self._fail(_closed)
 
     # --- the task's side
@@ -170,7 +168,7 @@ class AsyncResultReader:
             await asyncio.wait(self._loops, return_when=asyncio.FIRST_COMPLETED)
         finally:
             try:
-                await _stop(self._loops)
+                await stop(self._loops)
             finally:
                 await self._streams.release()
         for loop in self._loops:
@@ -325,15 +323,6 @@ class AsyncResultReader:
             error = QueueConnectionError(f"reading results from Redis at {place} broke off: {cause}")
         error.__cause__ = cause
         return error
-
-
-async def _stop(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancels until it helps: `asyncio.wait_for`, in which redis-py sends, may swallow it before Python 3.12."""
-    running = {task for task in tasks if not task.done()}
-    while running:
-        for task in running:
-            task.cancel()
-        _, running = await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
 
 
 def _stream_key(job_id: str) -> bytes:

@@ -49,14 +49,22 @@ class Mailbox:
         self.waiting.clear()
         self.unlooked.clear()
 
-    async def news(self, deadline: float | None) -> list[tuple[str, Outcome]]:
+    def wake(self) -> None:
+        """Lets `news` ask its `unless` again."""
+        self._changed.set()
+
+    async def news(
+        self, deadline: float | None, *, unless: Callable[[], bool] = lambda: False
+    ) -> list[tuple[str, Outcome]]:
         """Jobs that have ended, at least one; [] after the deadline, but not before each job was looked at once.
 
-        Raises what `fail` was told.
+        [] also as soon as `unless` holds. Raises what `fail` was told.
         """
         while not self._ended:
             if self._make_error is not None:
                 raise self._make_error()
+            if unless():
+                return []
             left = None if deadline is None or self.unlooked else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return []

@@ -6,49 +6,42 @@ Knows the public surface and does the round trips; what is asked of Redis is in 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import redis
 
-from embedq.producer import calls, requests, scripts
+from embedq.producer import calls, embedding, requests, scripts
+from embedq.producer.calls import News, WaitFor
 from embedq.producer.checks import lone_surrogate, shown
 from embedq.producer.connection import DEFAULT_URL, check_client, connect, describe, translate
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError, JobFailedError, ResultTimeoutError
+from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError
 from embedq.producer.jobs import EmbedJob
-from embedq.producer.options import EmbedOptions, check_job_id, check_text
+from embedq.producer.options import EmbedOptions, check_job_id
 from embedq.producer.outcomes import Outcome, Watch
 from embedq.producer.results import ResultReader
 from embedq.producer.settings import EnqueueKeywords, JobSettings, job_ids_of, split_keywords
 from embedq.producer.status import JobStatus
 from embedq.producer.streaming import (
-    SHARING_KEYWORDS,
     SILENCE_S,
     WINDOW_TEXTS,
-    Enqueued,
+    HandOut,
     OnError,
-    StreamSettings,
+    StreamStep,
+    Take,
     TextEmbedding,
-    TextStream,
+    open_stream,
 )
-from embedq.producer.vector_cache import VectorCache
 
 Result = TypeVar("Result")
 
 DEFAULT_QUEUE = "embed"
-#: `embed` spreads its texts over jobs of so many, so that several workers share them.
-TEXTS_PER_EMBED_JOB = 64
-#: The same where each token has a vector: a job's results stay below what a worker refuses (64 MiB).
-TEXTS_PER_TOKEN_JOB = 16
-#: Seconds that `embed` leaves its results in Redis, whose ids nobody else knows.
-EMBED_RESULT_TTL_S = 300
 
 
 class EmbedQueue:
@@ -161,23 +154,8 @@ class EmbedQueue:
         Raises the first failure as `result` does, its `text_index` that of `texts`. Whatever is still waiting when it
         raises is canceled, except under `dedupe`, where others may wait for it too.
         """
-        everything = [texts] if isinstance(texts, str) else [check_text(text, i) for i, text in enumerate(texts)]
-        options, settings = self._split({"result_ttl": EMBED_RESULT_TTL_S, **keywords})
-        if cache_ttl is None:
-            return self._embed(everything, options, settings, timeout)
-        cache = VectorCache(options, cache_ttl)
-        parts = self._run(cache.look_up(everything))
-        places = [place for place, part in enumerate(parts) if part is None]
-        if places or not parts:
-            missing = [everything[place] for place in places]
-            try:
-                found = self._embed(missing, options, settings, timeout).split()
-            except JobFailedError as err:
-                raise err if err.text_index is None else err.of_text(places[err.text_index]) from err
-            self._run(cache.store(zip(missing, found, strict=True)))
-            for place, part in zip(places, found, strict=True):
-                parts[place] = part
-        return Embeddings.concatenate([part for part in parts if part is not None])
+        options, settings = self._split({"result_ttl": embedding.EMBED_RESULT_TTL_S, **keywords})
+        return self._run(embedding.embed(self.name, texts, options, settings, timeout, cache_ttl))
 
     def embed_stream(
         self,
@@ -202,22 +180,17 @@ class EmbedQueue:
         """
         if isinstance(texts, str):
             raise InvalidTextError("embed_stream takes any number of texts; embed takes one")
-        is_private = not keywords.keys() & SHARING_KEYWORDS
-        options, settings = self._split(keywords if is_private else {"result_ttl": EMBED_RESULT_TTL_S, **keywords})
-        stream = TextStream(
+        stream = open_stream(
             self.name,
-            options,
-            settings,
-            StreamSettings(
-                window=window,
-                ordered=ordered,
-                texts_per_job=_texts_per_job(options) if texts_per_job is None else texts_per_job,
-                on_error=on_error,
-                forget=is_private,
-            ),
-            None if cache_ttl is None else VectorCache(options, cache_ttl),
+            keywords,
+            defaults=self._defaults,
+            window=window,
+            ordered=ordered,
+            texts_per_job=texts_per_job,
+            on_error=on_error,
+            cache_ttl=cache_ttl,
         )
-        return self._stream(stream, iter(texts), timeout)
+        return self._do_all(stream.run(timeout), iter(texts))
 
     # --- following jobs
 
@@ -309,13 +282,38 @@ class EmbedQueue:
         return EmbedJob(request.job_id, self)
 
     def _run(self, operation: calls.Operation[Result]) -> Result:
-        """Does an operation's steps, one after the other."""
+        """Does an operation that hands nothing out."""
+        try:
+            next(self._do_all(operation, iter(())))
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        raise AssertionError("only a stream hands out")
+
+    def _do_all(
+        self, operation: Generator[StreamStep, Any, Result], source: Iterator[str]
+    ) -> Generator[TextEmbedding, None, Result]:
+        """Does an operation's steps, one after the other; what a step ends in is thrown in."""
+        reader, watch = ResultReader(self._client), Watch()
         try:
             step = next(operation)
             while True:
+                reply: Any = None
                 try:
-                    reply = self._do(step)
-                except EmbedqError as err:
+                    if isinstance(step, HandOut):
+                        yield step.item
+                    elif isinstance(step, Take):
+                        texts = list(itertools.islice(source, step.count))
+                        reply = texts, len(texts) < step.count
+                    elif isinstance(step, WaitFor):
+                        watch.add_fresh(step.fresh)
+                        reply = reader.look(watch, step.known)
+                    elif isinstance(step, News):
+                        left = math.inf if step.timeout_s is None else step.timeout_s
+                        reply = reader.read(watch, 0 if step.or_texts else left)
+                    else:
+                        reply = self._do(step)
+                except BaseException as err:
                     step = operation.throw(err)
                 else:
                     step = operation.send(reply)
@@ -323,7 +321,7 @@ class EmbedQueue:
             result: Result = end.value
             return result
 
-    def _do(self, step: calls.Step) -> Any:
+    def _do(self, step: calls.ScriptCall | calls.Commands | calls.Pause) -> Any:
         if isinstance(step, calls.Pause):
             return time.sleep(step.seconds)
         try:
@@ -336,73 +334,8 @@ class EmbedQueue:
         except redis.RedisError as err:
             raise translate(err, describe(self._client)) from err
 
-    def _embed(
-        self, texts: list[str], options: EmbedOptions, settings: JobSettings, timeout: float | None
-    ) -> Embeddings:
-        """`embed` of checked texts without a cache."""
-        made = requests.spread(self.name, texts, _texts_per_job(options), options, settings)
-        job_ids = [request.job_id for request in made]  # under dedupe one may stand twice
-        deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            self._run(calls.enqueue_in_chunks(self.name, made, settings))
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            parts: dict[str, Embeddings] = {}
-            for job_id, outcome in self._outcomes(job_ids, left):
-                if isinstance(outcome, ResultTimeoutError):
-                    raise ResultTimeoutError(
-                        f"{len(texts):,} texts took more than {timeout:g} s; what still waited is canceled"
-                    )
-                if isinstance(outcome, EmbedqError):
-                    raise requests.failure_in(made, job_id, outcome)
-                parts[job_id] = outcome
-        except BaseException:
-            if not settings.dedupe:  # else others may wait for the same jobs
-                self._give_up(job_ids)
-            raise
-        return Embeddings.concatenate([parts[job_id] for job_id in job_ids])
-
-    def _stream(self, stream: TextStream, source: Iterator[str], timeout: float | None) -> Iterator[TextEmbedding]:
-        reader, watch = ResultReader(self._client), Watch()
-
-        def wait_for(jobs: Enqueued) -> None:
-            watch.add_fresh(jobs.fresh)
-            while ended := reader.look(watch, jobs.known):
-                jobs = self._run(stream.take(ended))
-                watch.add_fresh(jobs.fresh)
-
-        is_exhausted, silent_s = False, 0.0
-        try:
-            while not (is_exhausted and stream.is_empty):
-                room = 0 if is_exhausted else stream.room
-                texts = list(itertools.islice(source, room))
-                is_exhausted = is_exhausted or len(texts) < room
-                wait_for(self._run(stream.fill(texts)))
-                yield from stream.pop_ready()
-                if not watch:
-                    continue
-                began = time.monotonic()
-                must_wait = is_exhausted or not stream.room
-                left = math.inf if timeout is None else max(0.0, timeout - silent_s)
-                news = reader.read(watch, left if must_wait else 0)
-                silent_s = 0.0 if news or not must_wait else silent_s + time.monotonic() - began
-                if timeout is not None and silent_s >= timeout:
-                    raise ResultTimeoutError(f"no result for {timeout:g} s; what still waited is canceled")
-                wait_for(self._run(stream.take(news)))
-                yield from stream.pop_ready()
-        finally:
-            self._give_up(stream.waiting_jobs())
-
     def _outcomes(self, job_ids: list[str], timeout: float | None) -> Iterator[tuple[str, Outcome]]:
         return ResultReader(self._client).outcomes(job_ids, timeout)
-
-    def _give_up(self, job_ids: list[str]) -> None:
-        """The error under way matters more than one from here; what cannot be canceled expires by itself."""
-        with contextlib.suppress(EmbedqError):
-            self._run(calls.cancel_all(job_ids))
-
-
-def _texts_per_job(options: EmbedOptions) -> int:
-    return TEXTS_PER_TOKEN_JOB if options.output == "tokens" else TEXTS_PER_EMBED_JOB
 
 
 def format_time(moment: datetime) -> str:

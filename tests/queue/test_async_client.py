@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -16,24 +18,32 @@ import pytest
 from embedq.producer import (
     AsyncEmbedJob,
     AsyncEmbedQueue,
+    ConfigurationError,
     DuplicateJobError,
     Embeddings,
     EmbedJob,
     EmbedQueue,
+    InvalidOptionError,
     InvalidTextError,
     JobCanceledError,
+    JobFailedError,
     JobNotFoundError,
     JobStateError,
     JobStatus,
     PartialEnqueueError,
+    QueueAccessError,
+    QueueConnectionError,
     QueueFull,
     ResultTimeoutError,
+    keys,
     requests,
+    wire,
 )
 from embedq.producer import async_queue as async_queue_module
 from embedq.producer.connection import connect_async
 from tests.conftest import Drain
 from tests.queue.test_client import vector
+from tests.queue.test_worker import Start, start  # noqa: F401
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -175,6 +185,199 @@ def test_a_job_can_be_canceled_and_requeued(url: str) -> None:
     run(test())
 
 
+def test_jobs_come_as_they_end(url: str) -> None:
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            jobs = await queue.enqueue_many(["a", "b", "c"], job_ids=["a", "b", "c"])
+            await jobs[2].cancel()
+            found = []
+            async for job, outcome in queue.as_completed([jobs[0], "b", jobs[2]], timeout=0.5):
+                found.append((job.id, type(outcome)))
+                if job.id == "c":
+                    await jobs[1].cancel()
+            assert found == [("c", JobCanceledError), ("b", JobCanceledError), ("a", ResultTimeoutError)]
+
+    run(test())
+
+
+# --- embed
+
+
+def test_embed_waits_and_joins_several_jobs(url: str, start: Start) -> None:  # noqa: F811
+    start()
+    texts = [f"text {number}" for number in range(150)]
+
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            whole, one, cached, again = await asyncio.gather(
+                queue.embed(texts, timeout=30),
+                queue.embed("one", timeout=30),
+                queue.embed(["two", "three"], timeout=30, cache_ttl=100, model="noop:8"),
+                queue.embed(texts[:3], timeout=30, dedupe=True),
+            )
+            np.testing.assert_allclose(whole.vectors, [vector(text) for text in texts], atol=1e-7)
+            np.testing.assert_allclose(one.vectors, [vector("one")], atol=1e-7)
+            np.testing.assert_array_equal(again.vectors, whole.vectors[:3])
+            stored = await queue.embed(["three"], timeout=0, cache_ttl=100, model="noop:8")
+            np.testing.assert_array_equal(stored.vectors, cached.vectors[1:])
+
+    run(test())
+
+
+def test_embed_cancels_what_still_waits_when_it_is_late_or_canceled(url: str) -> None:
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            with pytest.raises(ResultTimeoutError, match=r"100 texts took more than 0\.1 s"):
+                await queue.embed(["a"] * 100, timeout=0.1)
+            assert await queue.depth() == 0
+            embedding = asyncio.create_task(queue.embed(["a"] * 100))
+            while await queue.depth() < 2:
+                await asyncio.sleep(0.01)
+            embedding.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await embedding
+            assert await queue.depth() == 0
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await queue.embed("a")
+            assert await queue.depth() == 0
+            with pytest.raises(InvalidTextError):
+                await queue.embed([])
+
+    run(test())
+
+
+def test_embed_raises_the_first_failure_in_the_callers_count(url: str) -> None:
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            embedding = asyncio.create_task(queue.embed(["a"] * 100))
+            while await queue.depth() < 2:
+                await asyncio.sleep(0.01)
+            [_, second] = await queue._redis.lrange(keys.queue("embed"), 0, -1)
+            failure = JobFailedError("the text is too long", code="text_too_long", text_index=3)
+            await queue._redis.xadd(
+                keys.results(second.decode()), {"type": 2, "exc_string": wire.encode_exc_string(failure)}
+            )
+            with pytest.raises(JobFailedError) as told:
+                await embedding
+            assert told.value.text_index == 64 + 3
+            assert await queue.depth() == 0
+
+    run(test())
+
+
+# --- streams
+
+
+async def trickling(texts: list[str]) -> AsyncIterator[str]:
+    for number, text in enumerate(texts):
+        if number % 50 == 0:
+            await asyncio.sleep(0.001)
+        yield text
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("source", [iter, trickling])
+def test_every_text_of_a_stream_comes_out_once_with_its_vector(
+    url: str,
+    start: Start,  # noqa: F811
+    ordered: bool,
+    source: Any,
+) -> None:
+    start()
+    texts = [f"text {number}" for number in range(3000)]
+
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            stream = queue.embed_stream(source(texts), window=500, ordered=ordered, texts_per_job=7, timeout=30)
+            items = [item async for item in stream]
+            if ordered:
+                assert [item.index for item in items] == list(range(3000))
+            found = sorted(items, key=lambda item: item.index)
+            np.testing.assert_allclose(
+                np.stack([item.vector for item in found]), [vector(text) for text in texts], atol=1e-7
+            )
+            assert await queue._redis.keys("rq:job:*") == []
+            assert await queue.depth() == 0
+        assert len(asyncio.all_tasks()) == 1
+
+    run(test())
+
+
+def test_texts_that_trickle_are_sent_on_as_they_come(url: str, start: Start) -> None:  # noqa: F811
+    start()
+    seen: list[int] = []
+
+    async def slowly() -> AsyncIterator[str]:
+        for number in range(5):
+            while len(seen) < number:
+                await asyncio.sleep(0.005)
+            yield f"text {number}"
+
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            async for item in queue.embed_stream(slowly(), timeout=20):
+                seen.append(item.index)  # noqa: PERF401 - the source looks at it
+        assert seen == [0, 1, 2, 3, 4]
+
+    run(test())
+
+
+def test_leaving_a_stream_early_cancels_what_still_waits(url: str, start: Start) -> None:  # noqa: F811
+    async def endless() -> AsyncIterator[str]:
+        for number in itertools.count():
+            yield str(number)
+
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            with pytest.raises(ResultTimeoutError, match=r"no result for 0\.1 s"):
+                await anext(queue.embed_stream(endless(), window=8, texts_per_job=1, timeout=0.1))
+            assert await queue.depth() == 0
+            start()
+            async with aclosing(queue.embed_stream(endless(), window=80, texts_per_job=1, timeout=20)) as stream:
+                async for item in stream:
+                    if item.index == 10:
+                        break
+            assert await queue.depth() == 0
+        assert len(asyncio.all_tasks()) == 1
+
+    run(test())
+
+
+def test_an_error_of_the_source_cancels_and_passes_through(url: str) -> None:
+    async def breaks() -> AsyncIterator[str]:
+        for text in "abcd":
+            yield text
+        raise RuntimeError("the disk is gone")
+
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            with pytest.raises(RuntimeError, match="the disk is gone"):
+                await anext(queue.embed_stream(breaks(), texts_per_job=1))
+            assert await queue.depth() == 0
+            with pytest.raises(InvalidTextError, match="takes any number of texts"):
+                queue.embed_stream("one")
+            with pytest.raises(InvalidOptionError, match="window must be a whole number"):
+                queue.embed_stream(["one"], window=0)
+
+    run(test())
+
+
+def test_a_text_that_fails_ends_the_stream_or_comes_out_as_an_item(url: str, start: Start) -> None:  # noqa: F811
+    start()
+    texts: list[Any] = ["a", None, "b"]
+
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            items = [item async for item in queue.embed_stream(texts, on_error="yield", timeout=20)]
+            assert [type(item.error) for item in items] == [type(None), InvalidTextError, type(None)]
+            with pytest.raises(InvalidTextError):
+                _ = [item async for item in queue.embed_stream(texts, timeout=20)]
+            assert await queue.depth() == 0
+
+    run(test())
+
+
 # --- connections
 
 
@@ -202,3 +405,36 @@ def test_thousands_of_waiting_callers_share_a_few_connections(url: str, drain: D
 
     run(test())
     assert progress["most"] <= async_queue_module.MAX_CONNECTIONS + 3
+
+
+def test_callers_of_a_shared_client_keep_it(url: str) -> None:
+    async def test() -> None:
+        async with connect_async(url) as client:
+            async with AsyncEmbedQueue(connection=client) as queue:
+                assert await queue.depth() == 0
+            assert await client.ping()  # type: ignore[misc]
+
+    run(test())
+
+
+def test_what_cannot_work_is_told_at_once(url: str) -> None:
+    async def test() -> None:
+        with pytest.raises(ConfigurationError, match="is no Redis URL"):
+            AsyncEmbedQueue("http://localhost")
+        with pytest.raises(ConfigurationError, match="not both"):
+            AsyncEmbedQueue(url, connection=connect_async(url))
+        with pytest.raises(ConfigurationError, match="decode_responses"):
+            AsyncEmbedQueue(connection=connect_async(url, decode_responses=True))
+        async with AsyncEmbedQueue("unix:///nowhere/redis.sock") as queue:
+            with pytest.raises(QueueConnectionError, match="no Redis at /nowhere"):
+                await queue.enqueue("a")
+            with pytest.raises(QueueConnectionError, match="no Redis at /nowhere"):
+                await queue.result("a")
+        async with connect_async(url) as admin:
+            await admin.execute_command("ACL", "SETUSER", "nobody", "reset", "on", ">pw", "-@all")
+        async with AsyncEmbedQueue(connection=connect_async(url, username="nobody", password="pw")) as queue:
+            with pytest.raises(QueueAccessError, match="refuses these credentials"):
+                await queue.depth()
+            await queue._client.aclose()
+
+    run(test())
