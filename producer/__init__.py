@@ -30,6 +30,7 @@ from embedq.producer.errors import (
     ResultTimeoutError,
     WireError,
 )
+from embedq.producer.groups import AsyncJobGroup, JobGroup
 from embedq.producer.jobs import AsyncEmbedJob, EmbedJob
 from embedq.producer.options import EmbedOptions
 from embedq.producer.queue import EmbedQueue
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncEmbedJob",
     "AsyncEmbedQueue",
+    "AsyncJobGroup",
     "ConfigurationError",
     "DuplicateJobError",
     "EmbedJob",
@@ -57,6 +59,7 @@ __all__ = [
     "InvalidTextError",
     "JobCanceledError",
     "JobFailedError",
+    "JobGroup",
     "JobNotFoundError",
     "JobStateError",
     "JobStatus",

@@ -22,6 +22,7 @@ from embedq.producer.calls import News, Result, WaitFor
 from embedq.producer.connection import DEFAULT_URL, check_client, connect_async, describe, translate
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError
+from embedq.producer.groups import AsyncJobGroup
 from embedq.producer.jobs import AsyncEmbedJob
 from embedq.producer.mailbox import Mailbox
 from embedq.producer.options import EmbedOptions, check_job_id
@@ -116,12 +117,13 @@ class AsyncEmbedQueue:
         texts: Iterable[str],
         *,
         job_ids: Iterable[str] | None = None,
+        delay: float | timedelta = 0,
         **keywords: Unpack[EnqueueKeywords],
     ) -> list[AsyncEmbedJob]:
         """See `EmbedQueue.enqueue_many`."""
         options, settings = self._split(keywords)
         made = requests.one_a_text(self.name, texts, job_ids, options, settings)
-        await self._run(calls.enqueue_in_chunks(self.name, made, settings))
+        await self._run(calls.enqueue_in_chunks(self.name, made, settings, calls.start_in(delay)))
         return [AsyncEmbedJob(request.job_id, self) for request in made]
 
     async def embed(
@@ -200,6 +202,10 @@ class AsyncEmbedQueue:
     ) -> AsyncIterator[tuple[AsyncEmbedJob, Outcome]]:
         """See `EmbedQueue.as_completed`; to be read by `async for`."""
         return self._as_completed(list(job_ids_of(jobs)), timeout)
+
+    def group(self, name: str) -> AsyncJobGroup:
+        """See `EmbedQueue.group`."""
+        return AsyncJobGroup(name, self)
 
     # --- changing jobs
 

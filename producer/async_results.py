@@ -37,8 +37,6 @@ from embedq.producer.outcomes import (
 from embedq.producer.result_streams import ResultStreams, bulk
 from embedq.producer.tasks import stop
 
-#: Jobs of one call that are watched at a time; the others wait for their turn.
-CALL_WINDOW = 128
 #: Streams in one read: more hold the server up for more than 10 ms. The others have their turn in the next.
 READ_WINDOW = 8192
 #: Seconds that a read blocks at most, and while there are more streams than fit.
@@ -94,19 +92,15 @@ class AsyncResultReader:
     # --- the calls' side
 
     async def outcomes(self, job_ids: Iterable[str], timeout_s: float | None) -> AsyncIterator[tuple[str, Outcome]]:
-        """Each job once, about as it ends: CALL_WINDOW of them are watched at a time, in the given order.
+        """Each job once, about as it ends; what has not ended in time comes last, as ResultTimeoutError.
 
-        What has not ended in time comes as ResultTimeoutError. `timeout_s` None waits for good, 0 only looks.
-        Raises QueueConnectionError.
+        `timeout_s` None waits for good, 0 only looks. Raises QueueConnectionError.
         """
-        ids = iter(dict.fromkeys(job_ids))
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         call = Mailbox()
         try:
-            while True:
-                self.subscribe(call, islice(ids, CALL_WINDOW - len(call.waiting)))
-                if call.is_over:
-                    return
+            self.subscribe(call, dict.fromkeys(job_ids))
+            while not call.is_over:
                 news = await call.news(deadline)
                 for job_id, outcome in news:
                     yield job_id, outcome

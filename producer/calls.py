@@ -98,8 +98,9 @@ class News:
     or_texts: bool = False
 
 
-#: One round trip, or a wait.
-Step = ScriptCall | Commands | Pause | WaitFor | News
+#: One round trip.
+RedisStep = ScriptCall | Commands
+Step = RedisStep | Pause | WaitFor | News
 Result = TypeVar("Result")
 Operation = Generator[Step, Any, Result]
 
@@ -142,7 +143,9 @@ def enqueue(
         yield Pause(pause)
 
 
-def enqueue_in_chunks(queue: str, jobs: Sequence[Request], settings: JobSettings) -> Operation[frozenset[str]]:
+def enqueue_in_chunks(
+    queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start = NOW
+) -> Operation[frozenset[str]]:
     """A step per chunk. Raises what `enqueue` raises, and PartialEnqueueError if a chunk after the first fails."""
     if settings.dedupe:
         jobs = requests.distinct(jobs)
@@ -150,7 +153,7 @@ def enqueue_in_chunks(queue: str, jobs: Sequence[Request], settings: JobSettings
     sent = 0
     for chunk in requests.chunks(jobs, settings):
         try:
-            known |= yield from enqueue(queue, chunk, settings)
+            known |= yield from enqueue(queue, chunk, settings, start)
         except EmbedqError as err:
             if not sent:
                 raise

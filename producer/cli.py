@@ -1,4 +1,4 @@
-"""The client's half of the command line: enqueue, embed, status, result, cancel, requeue, info.
+"""The client's half of the command line: enqueue, embed, status, result, group, cancel, requeue, info.
 
 Knows click, rich and the public client API; needs neither torch nor a worker. `embedq.worker.cli` joins these
 commands with its own under `embedq`.
@@ -33,6 +33,14 @@ url_option = click.option(
 )
 queue_option = click.option("--queue", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+
+
+def read_numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(number) for number in value.split(",") if number.strip())
+    except ValueError as err:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers, as 10,60,300 is") from err
 
 
 def timeout_option(default: float) -> Callable[[Command], Command]:
@@ -111,7 +119,14 @@ def output_options(command: Command) -> Command:
 @click.option("--failure-ttl", type=int, default=FAILURE_TTL_S, show_default=True, help="Seconds to keep a failure.")
 @click.option("--ttl", type=int, help="Seconds after which a job still waiting vanishes.")
 @click.option("--retries", type=int, default=RETRIES, show_default=True, help="Attempts after the first.")
+@click.option("--retry-intervals", default="", callback=read_numbers, help="Seconds before each retry: 10,60,300.")
 @click.option("--at-front", is_flag=True, help="At the head of the queue.")
+@click.option("--dedupe", is_flag=True, help="The same text with the same options is the same job until it expires.")
+@click.option("--group", help="Name under which the jobs are counted and canceled together; see embedq group.")
+@click.option("--depends-on", multiple=True, metavar="JOB_ID", help="Wait until this job has finished; repeatable.")
+@click.option("--delay-s", type=click.FloatRange(min=0), default=0, help="Seconds until the jobs may start.")
+@click.option("--max-depth", type=click.IntRange(min=1), help="Refuse jobs beyond so many on the queue.")
+@click.option("--block-timeout", type=click.FloatRange(min=0), default=0, help="Seconds to wait for room instead.")
 @embed_options
 @queue_option
 @url_option
@@ -121,6 +136,7 @@ def enqueue(
     file: Any,
     job_id: str | None,
     one_job: bool,
+    delay_s: float,
     queue: str,
     url: str,
     as_json: bool,
@@ -139,10 +155,10 @@ def enqueue(
         raise click.UsageError("--job-id names one job: give one text, or --one-job")
     with EmbedQueue(url, queue=queue) as client:
         if one_job or job_id is not None:
-            jobs = [client.enqueue(everything, job_id=job_id, **keywords)]
+            jobs = [client.enqueue_in(delay_s, everything, job_id=job_id, **keywords)]
         else:
             try:
-                jobs = client.enqueue_many(everything, **keywords)
+                jobs = client.enqueue_many(everything, delay=delay_s, **keywords)
             except PartialEnqueueError as err:
                 _print_ids(err.job_ids, as_json)
                 raise
@@ -152,6 +168,9 @@ def enqueue(
 @click.command()
 @click.argument("texts", nargs=-1)
 @click.option("--file", "-f", type=click.File(encoding="utf-8"), help="One text a line; - is stdin.")
+@click.option(
+    "--cache-ttl", type=int, help="Seconds to keep each text's vectors for the next time; with --expect-model."
+)
 @embed_options
 @output_options
 @timeout_option(60)
@@ -220,6 +239,32 @@ def result(job_id: str, file_format: str, output_file: Path | None, timeout: flo
 
 
 @click.command()
+@click.argument("name")
+@click.option("--cancel", "is_canceled", is_flag=True, help="Cancel the jobs that have not ended yet.")
+@url_option
+@json_option
+def group(name: str, is_canceled: bool, url: str, as_json: bool) -> None:
+    """Show how many jobs of a group have which status.
+
+    \b
+    embedq enqueue --file sentences.txt --group nightly
+    embedq group nightly
+    """
+    with EmbedQueue(url) as client:
+        jobs = client.group(name)
+        if is_canceled:
+            click.echo(f"{jobs.cancel():,} jobs canceled", err=True)
+        counts = {str(status): number for status, number in sorted(jobs.counts().items())}
+    if as_json:
+        echo_json(counts)
+    else:
+        for status, number in counts.items():
+            click.echo(f"{status}  {number:,}")
+    if not counts:
+        raise JobNotFoundError(f"group {name!r} has no jobs: none were enqueued under the name, or they have expired")
+
+
+@click.command()
 @click.argument("job_ids", nargs=-1, required=True)
 @url_option
 @json_option
@@ -263,7 +308,7 @@ def info(url: str, as_json: bool) -> None:
 
 
 #: What `embedq` offers a client.
-COMMANDS = (enqueue, embed, status, result, cancel, requeue, info)
+COMMANDS = (enqueue, embed, status, result, group, cancel, requeue, info)
 
 
 def read_texts(texts: tuple[str, ...], file: Any) -> list[str]:

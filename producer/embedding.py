@@ -46,7 +46,9 @@ def embed(
         try:
             whole = yield from _embed(queue, missing, options, settings, timeout_s)
         except JobFailedError as err:
-            raise err if err.text_index is None else err.of_text(places[err.text_index]) from err
+            if err.text_index is None:
+                raise
+            raise err.of_text(places[err.text_index]) from err
         found = whole.split()
         yield from cache.store(zip(missing, found, strict=True))
         for place, part in zip(places, found, strict=True):

@@ -63,8 +63,13 @@ class Watch:
             else:
                 self._last[job_id] = entry[0] if entry else BEFORE_ALL
 
+    def rotate(self, number: int) -> None:
+        """Puts the first so many behind the others."""
+        for job_id in self.ids()[:number]:
+            self._last[job_id] = self._last.pop(job_id)
+
     def streams(self, at_most: int | None = None) -> dict[str, bytes]:
-        """What XREAD takes: of those that are watched the longest."""
+        """What XREAD takes, of the first so many."""
         return {keys.results(job_id): last for job_id, last in itertools.islice(self._last.items(), at_most)}
 
     def news(self, reply: Any) -> Iterator[tuple[str, Outcome]]:

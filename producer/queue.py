@@ -6,8 +6,6 @@ Knows the public surface and does the round trips; what is asked of Redis is in 
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -17,24 +15,23 @@ from typing import Any, Self, TypeVar, Unpack
 import redis
 
 from embedq.producer import calls, embedding, requests, scripts
-from embedq.producer.calls import News, WaitFor
 from embedq.producer.checks import lone_surrogate, shown
 from embedq.producer.connection import DEFAULT_URL, check_client, connect, describe, translate
+from embedq.producer.driver import drive
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError
+from embedq.producer.groups import JobGroup
 from embedq.producer.jobs import EmbedJob
 from embedq.producer.options import EmbedOptions, check_job_id
-from embedq.producer.outcomes import Outcome, Watch
+from embedq.producer.outcomes import Outcome
 from embedq.producer.results import ResultReader
 from embedq.producer.settings import EnqueueKeywords, JobSettings, job_ids_of, split_keywords
 from embedq.producer.status import JobStatus
 from embedq.producer.streaming import (
     SILENCE_S,
     WINDOW_TEXTS,
-    HandOut,
     OnError,
     StreamStep,
-    Take,
     TextEmbedding,
     open_stream,
 )
@@ -126,16 +123,17 @@ class EmbedQueue:
         texts: Iterable[str],
         *,
         job_ids: Iterable[str] | None = None,
+        delay: float | timedelta = 0,
         **keywords: Unpack[EnqueueKeywords],
     ) -> list[EmbedJob]:
         """One job a text, in order; a round trip per thousand. All texts are checked before the first is sent.
 
         Raises as `enqueue` does, and PartialEnqueueError, which lists the jobs that got through, if a chunk after
-        the first fails. `job_ids` must be as many as the texts.
+        the first fails. `job_ids` must be as many as the texts; `delay` as in `enqueue_in`.
         """
         options, settings = self._split(keywords)
         made = requests.one_a_text(self.name, texts, job_ids, options, settings)
-        self._run(calls.enqueue_in_chunks(self.name, made, settings))
+        self._run(calls.enqueue_in_chunks(self.name, made, settings, calls.start_in(delay)))
         return [EmbedJob(request.job_id, self) for request in made]
 
     def embed(
@@ -190,7 +188,7 @@ class EmbedQueue:
             on_error=on_error,
             cache_ttl=cache_ttl,
         )
-        return self._do_all(stream.run(timeout), iter(texts))
+        return self._drive(stream.run(timeout), iter(texts))
 
     # --- following jobs
 
@@ -232,6 +230,10 @@ class EmbedQueue:
         """
         ids = job_ids_of(jobs)
         return ((EmbedJob(job_id, self), outcome) for job_id, outcome in self._outcomes(list(ids), timeout))
+
+    def group(self, name: str) -> JobGroup:
+        """The jobs enqueued with `group=name`. Raises InvalidOptionError for what is no name."""
+        return JobGroup(name, self)
 
     # --- changing jobs
 
@@ -284,44 +286,18 @@ class EmbedQueue:
     def _run(self, operation: calls.Operation[Result]) -> Result:
         """Does an operation that hands nothing out."""
         try:
-            next(self._do_all(operation, iter(())))
+            next(self._drive(operation, iter(())))
         except StopIteration as end:
             result: Result = end.value
             return result
         raise AssertionError("only a stream hands out")
 
-    def _do_all(
+    def _drive(
         self, operation: Generator[StreamStep, Any, Result], source: Iterator[str]
     ) -> Generator[TextEmbedding, None, Result]:
-        """Does an operation's steps, one after the other; what a step ends in is thrown in."""
-        reader, watch = ResultReader(self._client), Watch()
-        try:
-            step = next(operation)
-            while True:
-                reply: Any = None
-                try:
-                    if isinstance(step, HandOut):
-                        yield step.item
-                    elif isinstance(step, Take):
-                        texts = list(itertools.islice(source, step.count))
-                        reply = texts, len(texts) < step.count
-                    elif isinstance(step, WaitFor):
-                        watch.add_fresh(step.fresh)
-                        reply = reader.look(watch, step.known)
-                    elif isinstance(step, News):
-                        left = math.inf if step.timeout_s is None else step.timeout_s
-                        reply = reader.read(watch, 0 if step.or_texts else left)
-                    else:
-                        reply = self._do(step)
-                except BaseException as err:
-                    step = operation.throw(err)
-                else:
-                    step = operation.send(reply)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+        return drive(operation, source, lambda step: self._do(step), ResultReader(self._client))
 
-    def _do(self, step: calls.ScriptCall | calls.Commands | calls.Pause) -> Any:
+    def _do(self, step: calls.RedisStep | calls.Pause) -> Any:
         if isinstance(step, calls.Pause):
             return time.sleep(step.seconds)
         try:

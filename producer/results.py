@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,14 +15,12 @@ import redis
 from embedq.producer.connection import translated_errors
 from embedq.producer.outcomes import LOOK_AGAIN_S, Outcome, Watch, look_commands, timed_out
 
-#: Jobs watched in one XREAD; the others wait for their turn.
+#: Jobs in one XREAD, and looked at in one round trip.
 WINDOW = 128
-#: Streams in one XREAD for jobs of which many end at a time.
-STREAMS = 512
 
 
 class ResultReader:
-    """Reads outcomes of jobs; one caller at a time."""
+    """Reads outcomes of jobs; one caller at a time. Every method raises QueueConnectionError."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._redis: Any = client
@@ -30,64 +28,49 @@ class ResultReader:
         self._slice_s = min(LOOK_AGAIN_S, timeout / 2) if timeout else LOOK_AGAIN_S
 
     def outcomes(self, job_ids: Iterable[str], timeout_s: float | None) -> Iterator[tuple[str, Outcome]]:
-        """Each job once, about as it ends: WINDOW of them are watched at a time, in the given order.
+        """Each job once, about as it ends; what has not ended in time comes last, as ResultTimeoutError.
 
-        What has not ended in time comes as ResultTimeoutError.
-
-        `timeout_s` None waits for good, 0 only looks. Raises QueueConnectionError.
+        `timeout_s` None waits for good, 0 only looks.
         """
-        waiting = deque(dict.fromkeys(job_ids))
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         watch = Watch()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while waiting or watch:
-            fresh = [waiting.popleft() for _ in range(min(WINDOW - len(watch), len(waiting)))]
-            yield from self._look(fresh, watch)
-            if not watch:
-                continue
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                for job_id in watch.ids():
-                    watch.drop(job_id)
-                    yield job_id, timed_out(job_id, timeout_s)
-                continue
-            news = self._block(watch, self._slice_s if left is None else min(left, self._slice_s))
-            yield from news
-            if not news:
-                yield from self._look(watch.ids(), watch)
+        ids = list(dict.fromkeys(job_ids))
+        for start in range(0, len(ids), WINDOW):
+            yield from self.look(watch, ids[start : start + WINDOW])
+        while watch and (left_s := deadline - time.monotonic()) > 0:
+            yield from self.read(watch, left_s)
+        yield from ((job_id, timed_out(job_id, timeout_s)) for job_id in watch.ids())
 
     def read(self, watch: Watch, block_s: float) -> list[tuple[str, Outcome]]:
         """What has ended, waited for up to `block_s`, but no longer than a socket may be silent; 0 only looks.
 
-        Of more than STREAMS jobs those watched the longest are waited for, and after a silence all are looked at.
+        It waits for the first WINDOW jobs; when they are silent the others have their turn.
         """
         slice_s = min(block_s, self._slice_s)
-        with translated_errors(self._redis):
-            reply = self._redis.xread(watch.streams(STREAMS), block=max(1, int(slice_s * 1000)) if block_s else None)
-        news = list(watch.news(reply))
-        if not news and slice_s == self._slice_s:
-            return self.look(watch, watch.ids())
+        news = self._read_first(watch, slice_s)
+        if news or slice_s < self._slice_s:
+            return news
+        news = self.look(watch, watch.ids()[:WINDOW])
+        for _ in range(len(watch) // WINDOW):
+            if news:
+                break
+            watch.rotate(WINDOW)
+            news = self._read_first(watch, 0)
         return news
 
     def look(self, watch: Watch, job_ids: Sequence[str]) -> list[tuple[str, Outcome]]:
         """Those of the jobs that have ended; the others are watched."""
         outcomes: list[tuple[str, Outcome]] = []
         for start in range(0, len(job_ids), WINDOW):
-            outcomes.extend(self._look(list(job_ids[start : start + WINDOW]), watch))
+            some = job_ids[start : start + WINDOW]
+            with translated_errors(self._redis):
+                pipeline = self._redis.pipeline(transaction=True)
+                for command in look_commands(some):
+                    pipeline.execute_command(*command)
+                outcomes.extend(watch.looked(some, pipeline.execute()))
         return outcomes
 
-    def _look(self, job_ids: list[str], watch: Watch) -> Iterator[tuple[str, Outcome]]:
-        """Yields the jobs that have ended; the others are watched."""
-        if not job_ids:
-            return
+    def _read_first(self, watch: Watch, block_s: float) -> list[tuple[str, Outcome]]:
+        block_ms = max(1, int(block_s * 1000)) if block_s else None
         with translated_errors(self._redis):
-            pipeline = self._redis.pipeline(transaction=True)
-            for command in look_commands(job_ids):
-                pipeline.execute_command(*command)
-            replies = pipeline.execute()
-        yield from watch.looked(job_ids, replies)
-
-    def _block(self, watch: Watch, block_s: float) -> list[tuple[str, Outcome]]:
-        """Outcomes of the jobs that ended within `block_s`."""
-        with translated_errors(self._redis):
-            reply = self._redis.xread(watch.streams(), block=max(1, int(block_s * 1000)))
-        return list(watch.news(reply))
+            return list(watch.news(self._redis.xread(watch.streams(WINDOW), block=block_ms)))

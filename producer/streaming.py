@@ -179,12 +179,11 @@ class TextStream:
                 if not self._parts:
                     continue
                 began = time.monotonic()
-                news = yield News(
-                    None if timeout_s is None else max(0.0, timeout_s - silent_s),
-                    or_texts=not is_exhausted and self.room > 0,
-                )
+                left_s = None if timeout_s is None else max(0.0, timeout_s - silent_s)
+                may_take = not is_exhausted and self.room > 0
+                news = yield News(left_s, or_texts=may_take)
                 silent_s = 0.0 if news else silent_s + time.monotonic() - began
-                if timeout_s is not None and silent_s >= timeout_s:
+                if timeout_s is not None and silent_s >= timeout_s and (timeout_s > 0 or not may_take):
                     raise ResultTimeoutError(f"no result for {timeout_s:g} s; what still waited is canceled")
                 yield from self._settle(self.take(news))
                 yield from map(HandOut, self.pop_ready())

@@ -133,6 +133,50 @@ def test_embed_waits_for_the_worker(embedq: Shell, queue: EmbedQueue, drain: Dra
     assert np.load(io.BytesIO(shown[0].stdout_bytes)).shape == (2, 4)
 
 
+def test_jobs_can_be_delayed_deduplicated_and_made_to_wait(embedq: Shell, queue: EmbedQueue) -> None:
+    first, again = (embedq("enqueue", "--dedupe", "a").stdout.strip() for _ in range(2))
+    assert first == again
+    options = ("--retries", "2", "--retry-intervals", "10, 60")
+    late = embedq("enqueue", "--delay-s", "60", *options, "b", "c").stdout.split()
+    after = embedq("enqueue", "--depends-on", first, "--depends-on", late[0], "d").stdout.strip()
+    assert [queue.status(job_id).value for job_id in (*late, after)] == ["scheduled", "scheduled", "deferred"]
+    assert queue._redis.hget(keys.job(late[0]), "retry_intervals") == b"[10,60]"
+    full = embedq("enqueue", "--max-depth", "4", "e")
+    assert full.exit_code == 1
+    assert one_line(full) == "error: queue embed has 4 jobs and takes 4 at most; try again later"
+    assert "is not a list of whole numbers" in one_line(embedq("enqueue", "--retry-intervals", "soon", "f"))
+
+
+def test_a_group_is_counted_and_canceled_together(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
+    embedq.environment["EMBEDQ_GROUP"] = "nightly"
+    embedq("enqueue", "a", "b")
+    drain()
+    embedq("enqueue", "c", "d", "e")
+    assert embedq("group", "nightly").stdout == "finished  2\nqueued  3\n"
+    assert json.loads(embedq("group", "nightly", "--json").stdout) == {"finished": 2, "queued": 3}
+    canceled = embedq("group", "nightly", "--cancel")
+    assert (canceled.stdout, canceled.stderr) == ("canceled  3\nfinished  2\n", "3 jobs canceled\n")
+    assert queue.depth() == 0
+    nobody = embedq("group", "nobody")
+    assert nobody.exit_code == 3
+    assert "group 'nobody' has no jobs" in one_line(nobody)
+
+
+def test_embed_keeps_vectors_for_the_next_time(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
+    arguments = ("embed", "a", "--expect-model", "noop:8", "--cache-ttl", "100", "--format", "json")
+    queue.enqueue("a", model="noop:8")
+    shown: list[Result] = []
+    thread = threading.Thread(target=lambda: shown.append(embedq(*arguments)))
+    thread.start()
+    until(lambda: queue.depth() == 2)
+    drain()
+    thread.join(20)
+    again = embedq(*arguments, "--timeout", "0")
+    assert json.loads(again.stdout)["vectors"] == json.loads(shown[0].stdout)["vectors"]
+    refused = embedq("embed", "a", "--cache-ttl", "100")
+    assert "cache_ttl needs model" in one_line(refused)
+
+
 def test_cancel_and_requeue_say_what_became_of_each_job(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
     one, two = queue.enqueue_many(["a", "b"], job_ids=["one", "two"])
     assert embedq("cancel", "one").stdout == "one  canceled\n"

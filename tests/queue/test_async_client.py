@@ -18,6 +18,7 @@ import pytest
 from embedq.producer import (
     AsyncEmbedJob,
     AsyncEmbedQueue,
+    AsyncJobGroup,
     ConfigurationError,
     DuplicateJobError,
     Embeddings,
@@ -27,6 +28,7 @@ from embedq.producer import (
     InvalidTextError,
     JobCanceledError,
     JobFailedError,
+    JobGroup,
     JobNotFoundError,
     JobStateError,
     JobStatus,
@@ -62,7 +64,9 @@ def public_methods(kind: type) -> dict[str, Callable[..., Any]]:
 # --- the same surface
 
 
-@pytest.mark.parametrize(("blocking", "awaited"), [(EmbedQueue, AsyncEmbedQueue), (EmbedJob, AsyncEmbedJob)])
+@pytest.mark.parametrize(
+    ("blocking", "awaited"), [(EmbedQueue, AsyncEmbedQueue), (EmbedJob, AsyncEmbedJob), (JobGroup, AsyncJobGroup)]
+)
 def test_every_public_method_takes_the_same_parameters(blocking: type, awaited: type) -> None:
     theirs, ours = public_methods(blocking), public_methods(awaited)
     assert ours.keys() == theirs.keys()
@@ -196,6 +200,23 @@ def test_jobs_come_as_they_end(url: str) -> None:
                 if job.id == "c":
                     await jobs[1].cancel()
             assert found == [("c", JobCanceledError), ("b", JobCanceledError), ("a", ResultTimeoutError)]
+
+    run(test())
+
+
+def test_a_group_is_counted_awaited_and_canceled(url: str) -> None:
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            jobs = await queue.enqueue_many(["a", "b", "c"], group="night")
+            group = queue.group("night")
+            assert repr(group) == "AsyncJobGroup('night')"
+            assert sorted(await group.job_ids()) == sorted(job.id for job in jobs)
+            await jobs[0].cancel()
+            assert await group.counts() == {JobStatus.CANCELED: 1, JobStatus.QUEUED: 2}
+            assert await group.cancel() == 2
+            assert {type(outcome) for outcome in (await group.results(timeout=0)).values()} == {JobCanceledError}
+            with pytest.raises(InvalidOptionError):
+                queue.group("")
 
     run(test())
 

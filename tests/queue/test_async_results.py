@@ -174,8 +174,8 @@ def test_several_calls_may_wait_for_one_job(url: str) -> None:
     run(test())
 
 
-def test_one_call_watches_many_jobs_in_a_window(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_results, "CALL_WINDOW", 10)
+def test_one_call_may_wait_for_many_jobs(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_results, "LOOK_JOBS", 10)
 
     async def test() -> None:
         async with reading(url) as (reader, client):
@@ -197,7 +197,7 @@ def test_one_call_watches_many_jobs_in_a_window(url: str, monkeypatch: pytest.Mo
 
 
 def test_what_has_not_ended_in_time_is_late_and_the_rest_is_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_results, "CALL_WINDOW", 4)
+    monkeypatch.setattr(async_results, "LOOK_JOBS", 4)
 
     async def test() -> None:
         async with reading(url) as (reader, client):

@@ -72,6 +72,8 @@ def test_a_delay_is_counted_by_the_servers_clock(queue: EmbedQueue) -> None:
     for delay in (90, 90.0, timedelta(minutes=1, seconds=30)):
         job = queue.enqueue_in(delay, "a")
         assert 90 <= queue._redis.zscore(keys.scheduled("embed"), job.id) - now_s <= 120
+    many = queue.enqueue_many(["a", "b"], delay=90)
+    assert {job.status() for job in many} == {JobStatus.SCHEDULED}
     assert queue.enqueue_in(0, "a").status() is JobStatus.QUEUED
     assert queue.enqueue_at(datetime(2020, 1, 1, tzinfo=UTC), "a").status() is JobStatus.QUEUED
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 
@@ -316,6 +318,24 @@ def test_jobs_come_as_they_end_with_what_became_of_them(queue: EmbedQueue, drain
     [(job, outcome)] = queue.as_completed([last])
     assert job == last
     assert isinstance(outcome, JobCanceledError)
+
+
+def test_jobs_behind_many_that_do_not_end_come_all_the_same(queue: EmbedQueue, drain: Drain, url: str) -> None:
+    stuck = queue.enqueue_many(["later"] * 300, delay=3600)
+    quick = queue.enqueue_many(["a"] * 5)
+    found: list[str] = []
+
+    def wait() -> None:
+        with EmbedQueue(url) as other:
+            completed = other.as_completed([*stuck, *quick], timeout=20)
+            found.extend(job.id for job, _ in itertools.islice(completed, 5))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.3)
+    drain()
+    thread.join(25)
+    assert set(found) == {job.id for job in quick}
 
 
 # --- the vector cache
