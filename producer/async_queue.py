@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
+from contextlib import aclosing
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -17,7 +18,7 @@ import redis
 import redis.asyncio
 
 from embedq.producer import calls, embedding, requests, scripts
-from embedq.producer.async_results import AsyncResultReader
+from embedq.producer.async_results import AsyncResultReader, closed
 from embedq.producer.calls import News, Result, WaitFor
 from embedq.producer.connection import DEFAULT_URL, check_client, connect_async, describe, translate
 from embedq.producer.embeddings import Embeddings
@@ -81,6 +82,7 @@ class AsyncEmbedQueue:
         self._scripts = {name: scripts.load(self._client, __package__, name, prelude) for name in calls.SCRIPTS}
         self._free_connections = asyncio.Semaphore(MAX_CONNECTIONS)
         self._reader = AsyncResultReader(self._client)
+        self._is_closed = False
 
     # --- putting texts on the queue
 
@@ -225,6 +227,7 @@ class AsyncEmbedQueue:
         """Closes the connections, unless they were the caller's. Who still waits for a result raises
         QueueConnectionError.
         """
+        self._is_closed = True
         await self._reader.close()
         if self._owns_connection:
             await self._client.aclose()
@@ -309,6 +312,8 @@ class AsyncEmbedQueue:
             self._reader.subscribe(call, step.fresh, are_fresh=True)
             self._reader.subscribe(call, step.known)
             return []
+        if self._is_closed:
+            raise closed()
         try:
             async with self._free_connections:
                 if isinstance(step, calls.ScriptCall):
@@ -320,11 +325,12 @@ class AsyncEmbedQueue:
         except redis.RedisError as err:
             raise translate(err, describe(self._client)) from err
 
-    def _outcomes(self, job_ids: list[str], timeout: float | None) -> AsyncIterator[tuple[str, Outcome]]:
+    def _outcomes(self, job_ids: list[str], timeout: float | None) -> AsyncGenerator[tuple[str, Outcome], None]:
         return self._reader.outcomes(job_ids, timeout)
 
     async def _as_completed(
         self, job_ids: list[str], timeout: float | None
     ) -> AsyncIterator[tuple[AsyncEmbedJob, Outcome]]:
-        async for job_id, outcome in self._outcomes(job_ids, timeout):
-            yield AsyncEmbedJob(job_id, self), outcome
+        async with aclosing(self._outcomes(job_ids, timeout)) as outcomes:
+            async for job_id, outcome in outcomes:
+                yield AsyncEmbedJob(job_id, self), outcome

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import heapq
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -91,7 +91,9 @@ class AsyncResultReader:
 
     # --- the calls' side
 
-    async def outcomes(self, job_ids: Iterable[str], timeout_s: float | None) -> AsyncIterator[tuple[str, Outcome]]:
+    async def outcomes(
+        self, job_ids: Iterable[str], timeout_s: float | None
+    ) -> AsyncGenerator[tuple[str, Outcome], None]:
         """Each job once, about as it ends; what has not ended in time comes last, as ResultTimeoutError.
 
         `timeout_s` None waits for good, 0 only looks. Raises QueueConnectionError.
@@ -117,7 +119,7 @@ class AsyncResultReader:
         is left out. Raises QueueConnectionError once closed.
         """
         if self._is_closed:
-            raise _closed()
+            raise closed()
         for job_id in job_ids:
             call.waiting.add(job_id)
             if are_fresh:
@@ -144,7 +146,7 @@ class AsyncResultReader:
         self._is_closed = True
         if self._task is not None:
             await stop([self._task, *self._loops])
-        self._fail(_closed)
+        self._fail(closed)
 
     # --- the task's side
 
@@ -173,18 +175,18 @@ class AsyncResultReader:
         """Looks at newcomers at once and at some of the watched every LOOK_AGAIN_S, until nobody waits."""
         look_again_at = time.monotonic() + LOOK_AGAIN_S
         while self._newcomers or self._watches:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(look_again_at - time.monotonic()):
-                    await self._arrived.wait()
+            if not self._newcomers:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(look_again_at - time.monotonic()):
+                        await self._arrived.wait()
             self._arrived.clear()
+            await self._look_at_newcomers()
+            if self._has_unread:
+                await self._streams.call_off()
             if time.monotonic() >= look_again_at:
                 look_again_at = time.monotonic() + LOOK_AGAIN_S
                 oldest = heapq.nsmallest(LOOK_JOBS, self._watches.values(), key=lambda watch: watch.looked_at_s)
                 await self._look_again(oldest)
-            while self._newcomers:
-                await self._look_at_newcomers()
-            if self._has_unread:
-                await self._streams.call_off()
 
     async def _look_at_newcomers(self) -> None:
         batch = list(islice(self._newcomers, LOOK_JOBS))
@@ -323,5 +325,6 @@ def _stream_key(job_id: str) -> bytes:
     return keys.results(job_id).encode()
 
 
-def _closed() -> QueueConnectionError:
+def closed() -> QueueConnectionError:
+    """What every call raises once the client was closed: it would open connections that nobody closes."""
     return QueueConnectionError("this queue's client was closed; make another one")

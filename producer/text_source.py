@@ -13,9 +13,6 @@ from embedq.producer.mailbox import Mailbox
 from embedq.producer.outcomes import Outcome
 from embedq.producer.tasks import stop
 
-#: Texts that are read ahead of an async iterable.
-READ_AHEAD = 1024
-
 
 class TextSource(Protocol):
     async def take(self, count: int, *, may_wait: bool) -> tuple[list[str], bool]:
@@ -49,11 +46,14 @@ class PlainTexts:
 
 
 class AsyncTexts:
-    """Reads up to READ_AHEAD texts ahead in a task of its own, so that they come in batches however they trickle."""
+    """Reads as many texts ahead as are taken at a time, in a task of its own: so they come in batches however they
+    trickle.
+    """
 
     def __init__(self, texts: AsyncIterable[str]) -> None:
         self._texts = texts
         self._ahead: deque[str] = deque()
+        self._most_ahead = 1
         self._has_room = asyncio.Event()
         self._arrived = asyncio.Event()
         #: Waits for news of jobs, but not longer than until a text arrives.
@@ -61,6 +61,7 @@ class AsyncTexts:
         self._task: asyncio.Task[None] | None = None
 
     async def take(self, count: int, *, may_wait: bool) -> tuple[list[str], bool]:
+        self._most_ahead = count
         if self._task is None:
             self._task = asyncio.create_task(self._read_ahead(), name="embedq texts")
             self._task.add_done_callback(self._announce)
@@ -87,7 +88,7 @@ class AsyncTexts:
         async for text in self._texts:
             self._ahead.append(text)
             self._announce()
-            while len(self._ahead) >= READ_AHEAD:
+            while len(self._ahead) >= self._most_ahead:
                 self._has_room.clear()
                 await self._has_room.wait()
 

@@ -438,6 +438,45 @@ def test_callers_of_a_shared_client_keep_it(url: str) -> None:
     run(test())
 
 
+def test_closing_ends_what_is_under_way(url: str) -> None:
+    async def test() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            texts = (str(number) for number in itertools.count())
+            calls: list[Any] = [
+                asyncio.create_task(queue.embed("a", timeout=None)),
+                asyncio.create_task((await queue.enqueue("b")).result(timeout=None)),
+                asyncio.create_task(anext(queue.embed_stream(texts, window=8, timeout=None))),
+                asyncio.create_task(queue.enqueue("c", max_depth=1, block_timeout=100)),
+            ]
+            while await queue.depth() < 2 + 1:
+                await asyncio.sleep(0.01)
+        for call in calls:
+            with pytest.raises(QueueConnectionError, match="was closed"):
+                await call
+        with pytest.raises(QueueConnectionError, match="was closed"):
+            await queue.depth()
+        assert len(asyncio.all_tasks()) == 1
+
+    run(test())
+
+
+def test_a_connection_cut_in_the_middle_is_not_noticed(url: str, start: Start) -> None:  # noqa: F811
+    async def test() -> None:
+        async with connect_async(url) as admin, AsyncEmbedQueue(url) as queue:
+            jobs = await queue.enqueue_many(map(str, range(300)))
+            calls = [asyncio.create_task(job.result(timeout=30)) for job in jobs]
+            stream = queue.embed_stream(map(str, range(3000)), texts_per_job=3, window=100, timeout=30)
+            start()
+            async for item in stream:
+                if item.index % 500 == 0:
+                    await admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            assert item.index == 2999
+            for number, result in enumerate(await asyncio.gather(*calls)):
+                np.testing.assert_allclose(result.vectors[0], vector(str(number)), atol=1e-7)
+
+    run(test())
+
+
 def test_what_cannot_work_is_told_at_once(url: str) -> None:
     async def test() -> None:
         with pytest.raises(ConfigurationError, match="is no Redis URL"):
