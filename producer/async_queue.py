@@ -29,6 +29,7 @@ from embedq.producer.mailbox import Mailbox
 from embedq.producer.options import EmbedOptions, check_job_id
 from embedq.producer.outcomes import Outcome
 from embedq.producer.queue import DEFAULT_QUEUE, check_queue_name
+from embedq.producer.round_trips import RoundTrips
 from embedq.producer.settings import EnqueueKeywords, JobSettings, job_ids_of, split_keywords
 from embedq.producer.status import JobStatus
 from embedq.producer.streaming import (
@@ -43,9 +44,6 @@ from embedq.producer.streaming import (
 )
 from embedq.producer.text_source import TextSource, text_source
 
-#: Connections that all calls of one queue share; waiting for results takes two more, however many wait.
-MAX_CONNECTIONS = 16
-
 
 class AsyncEmbedQueue:
     """One queue of one Redis. All tasks of one event loop may share it, thousands at a time.
@@ -55,7 +53,7 @@ class AsyncEmbedQueue:
         (await job.result(timeout=30)).vectors     # (1, d) float32
 
     Every method does what `EmbedQueue`'s of that name does. A call that is canceled changes nothing more; only `embed`
-    cancels its jobs. `connection` is a `redis.asyncio.Redis` whose pool allows three connections at least.
+    cancels its jobs. `connection` is a `redis.asyncio.Redis` whose pool allows six connections at least.
 
     Raises ConfigurationError at once for a URL that cannot be read, InvalidOptionError for a limit that is none; every
     call may raise QueueConnectionError.
@@ -80,7 +78,7 @@ class AsyncEmbedQueue:
         self._redis: Any = self._client
         prelude = scripts.source(__package__, "common")
         self._scripts = {name: scripts.load(self._client, __package__, name, prelude) for name in calls.SCRIPTS}
-        self._free_connections = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._round_trips = RoundTrips(self._client)
         self._reader = AsyncResultReader(self._client)
         self._is_closed = False
 
@@ -229,6 +227,7 @@ class AsyncEmbedQueue:
         """
         self._is_closed = True
         await self._reader.close()
+        await self._round_trips.close()
         if self._owns_connection:
             await self._client.aclose()
 
@@ -315,13 +314,9 @@ class AsyncEmbedQueue:
         if self._is_closed:
             raise closed()
         try:
-            async with self._free_connections:
-                if isinstance(step, calls.ScriptCall):
-                    return await self._scripts[step.script](keys=step.keys, args=step.args)
-                pipeline = self._redis.pipeline(transaction=step.is_transaction)
-                for command in step.commands:
-                    pipeline.execute_command(*command)
-                return await pipeline.execute()
+            if isinstance(step, calls.ScriptCall):
+                return await self._round_trips.run(self._scripts[step.script], step.keys, step.args)
+            return await self._round_trips.ask(step.commands)
         except redis.RedisError as err:
             raise translate(err, describe(self._client)) from err
 

@@ -62,8 +62,6 @@ class Commands:
     """Plain commands in one round trip; the reply is the list of theirs."""
 
     commands: list[tuple[Any, ...]]
-    #: all at one moment
-    is_transaction: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -303,7 +303,7 @@ class EmbedQueue:
         try:
             if isinstance(step, calls.ScriptCall):
                 return self._scripts[step.script](keys=step.keys, args=step.args)
-            pipeline = self._redis.pipeline(transaction=step.is_transaction)
+            pipeline = self._redis.pipeline(transaction=False)
             for command in step.commands:
                 pipeline.execute_command(*command)
             return pipeline.execute()

@@ -39,9 +39,9 @@ from embedq.producer import (
     ResultTimeoutError,
     keys,
     requests,
+    round_trips,
     wire,
 )
-from embedq.producer import async_queue as async_queue_module
 from embedq.producer.connection import connect_async
 from tests.conftest import Drain
 from tests.queue.test_client import vector
@@ -425,7 +425,7 @@ def test_thousands_of_waiting_callers_share_a_few_connections(url: str, drain: D
             assert await working.wait() == 0
 
     run(test())
-    assert progress["most"] <= async_queue_module.MAX_CONNECTIONS + 3
+    assert progress["most"] <= round_trips.MAX_CONNECTIONS + 3
 
 
 def test_callers_of_a_shared_client_keep_it(url: str) -> None:
