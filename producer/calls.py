@@ -162,6 +162,14 @@ def enqueue_in_chunks(
     return known
 
 
+def enqueue_own(queue: str, jobs: Sequence[Request], settings: JobSettings) -> Operation[frozenset[str]]:
+    """For a caller that cancels all of these jobs after an error, so that it need not say how many got through."""
+    try:
+        return (yield from enqueue_in_chunks(queue, jobs, settings))
+    except PartialEnqueueError as err:
+        raise err.__cause__ or err from None
+
+
 def start_at(moment: object) -> Start:
     """Raises InvalidOptionError for anything but a datetime with a time zone."""
     if not isinstance(moment, datetime) or moment.utcoffset() is None:

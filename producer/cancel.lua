@@ -12,8 +12,9 @@
 
 local prefix, default_ttl, nonce = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 
+-- pcall: a user who may not publish cancels all the same, and the worker learns of it when it publishes.
 local function tell(worker, id)
-  redis.call('PUBLISH', prefix .. ':pubsub:' .. worker, cjson.encode({command = 'embedq-cancel', job_id = id}))
+  redis.pcall('PUBLISH', prefix .. ':pubsub:' .. worker, cjson.encode({command = 'embedq-cancel', job_id = id}))
 end
 
 local function cancel(id)

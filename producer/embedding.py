@@ -64,12 +64,12 @@ def _embed(
     job_ids = [request.job_id for request in made]  # under dedupe one may stand twice
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     try:
-        known = yield from calls.enqueue_in_chunks(queue, made, settings)
-        parts = yield from _parts(made, known, deadline)
+        yield from calls.enqueue_own(queue, made, settings)
+        # Under dedupe a job may have been there, or start afresh: then its stream has the entry of its failure.
+        parts = yield from _parts(made, frozenset(job_ids if settings.dedupe else ()), deadline)
         if len(parts) < len(set(job_ids)):
-            raise ResultTimeoutError(
-                f"{len(texts):,} texts took more than {timeout_s:g} s; what still waited is canceled"
-            )
+            rest = "they go on" if settings.dedupe else "what still waited is canceled"
+            raise ResultTimeoutError(f"{len(texts):,} texts took more than {timeout_s:g} s; {rest}")
     except GeneratorExit:
         raise  # nobody is left to take a step
     except BaseException:

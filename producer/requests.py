@@ -89,11 +89,11 @@ def slice_texts(texts: Iterable[str], per_job: int) -> Iterator[list[str]]:
 
 def chunks(requests: Iterable[Request], settings: JobSettings) -> Iterator[list[Request]]:
     """Consecutive slices for one call each, within CHUNK_JOBS, CHUNK_BYTES and what the queue may hold at all."""
-    max_jobs = CHUNK_JOBS
+    max_jobs = CHUNK_JOBS // (1 + len(settings.depends_on) // 10)
     if settings.max_depth is not None:
         # Whoever waits for room does better with small pieces: workers are not to run dry meanwhile.
         share = settings.max_depth // 4 if settings.block_timeout else settings.max_depth
-        max_jobs = max(1, min(CHUNK_JOBS, share))
+        max_jobs = max(1, min(max_jobs, share))
     chunk: list[Request] = []
     size = 0
     for request in requests:

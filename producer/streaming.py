@@ -184,7 +184,9 @@ class TextStream:
                 news = yield News(left_s, or_texts=may_take)
                 silent_s = 0.0 if news else silent_s + time.monotonic() - began
                 if timeout_s is not None and silent_s >= timeout_s and (timeout_s > 0 or not may_take):
-                    raise ResultTimeoutError(f"no result for {timeout_s:g} s; what still waited is canceled")
+                    raise ResultTimeoutError(
+                        f"no text of the stream came back for {timeout_s:g} s; is a worker running?"
+                    )
                 yield from self._settle(self.take(news))
                 yield from map(HandOut, self.pop_ready())
         finally:
@@ -197,7 +199,7 @@ class TextStream:
             jobs = yield from self.take(ended)
 
     def fill(self, texts: Sequence[Any]) -> Operation[WaitFor]:
-        """Takes texts; those that the cache lacks are enqueued. Raises as `enqueue_many`."""
+        """Takes texts; those that the cache lacks are enqueued. Raises as `enqueue`."""
         first, self._taken = self._taken, self._taken + len(texts)
         places, checked = [], []
         for place, text in enumerate(texts, start=first):
@@ -259,7 +261,7 @@ class TextStream:
             span = slice(start, start + job.num_texts)
             self._parts.setdefault(job.job_id, []).append(_Part(places[span], texts[span]))
             start += job.num_texts
-        known = yield from calls.enqueue_in_chunks(self._queue, jobs, self._job_settings)
+        known = yield from calls.enqueue_own(self._queue, jobs, self._job_settings)
         if self._job_settings.dedupe:  # also one that starts afresh: its stream has the entry of its failure
             known = frozenset(job.job_id for job in jobs)
         return WaitFor.enqueued((job.job_id for job in jobs if job.job_id not in under_way), known)

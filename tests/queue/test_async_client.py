@@ -351,7 +351,7 @@ def test_leaving_a_stream_early_cancels_what_still_waits(url: str, start: Start)
 
     async def test() -> None:
         async with AsyncEmbedQueue(url) as queue:
-            with pytest.raises(ResultTimeoutError, match=r"no result for 0\.1 s"):
+            with pytest.raises(ResultTimeoutError, match=r"came back for 0\.1 s"):
                 await anext(queue.embed_stream(endless(), window=8, texts_per_job=1, timeout=0.1))
             assert await queue.depth() == 0
             start()

@@ -92,6 +92,17 @@ def test_a_queue_that_fills_between_chunks_names_the_jobs_that_got_through(
     assert len(caught.value.job_ids) == queue.depth() == 4
 
 
+def test_embed_that_finds_no_room_half_way_leaves_nothing_waiting(
+    queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "CHUNK_JOBS", 2)
+    with pytest.raises(QueueFull):
+        queue.embed(["a"] * 64 * 5, max_depth=3)
+    with pytest.raises(QueueFull):
+        list(queue.embed_stream(["a"] * 5, texts_per_job=1, max_depth=3))
+    assert queue.depth() == 0
+
+
 @pytest.mark.parametrize(
     "limits", [{"max_depth": 0}, {"max_depth": 2.5}, {"max_depth": True}, {"block_timeout": -1}, {"block_timeout": "x"}]
 )
