@@ -3,6 +3,8 @@
 q = EmbedQueue("redis://localhost:6379/0")
 job = q.enqueue("a text")
 job.result(timeout=30).vectors
+
+`AsyncEmbedQueue` has the same surface for event loops.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import redis
 import redis.asyncio
 
 from embedq.producer import calls, embedding, requests, scripts
-from embedq.producer.async_results import AsyncResultReader, closed
+from embedq.producer.async_results import AsyncResultReader
 from embedq.producer.calls import News, Result, WaitFor
 from embedq.producer.connection import DEFAULT_URL, check_client, connect_async, describe, translate
 from embedq.producer.embeddings import Embeddings
@@ -80,7 +80,6 @@ class AsyncEmbedQueue:
         self._scripts = {name: scripts.load(self._client, __package__, name, prelude) for name in calls.SCRIPTS}
         self._round_trips = RoundTrips(self._client)
         self._reader = AsyncResultReader(self._client)
-        self._is_closed = False
 
     # --- putting texts on the queue
 
@@ -222,10 +221,7 @@ class AsyncEmbedQueue:
         return await self._run(calls.depth(self.name))
 
     async def close(self) -> None:
-        """Closes the connections, unless they were the caller's. Who still waits for a result raises
-        QueueConnectionError.
-        """
-        self._is_closed = True
+        """Closes the connections, unless they were the caller's. Who still waits raises QueueConnectionError."""
         await self._reader.close()
         await self._round_trips.close()
         if self._owns_connection:
@@ -311,8 +307,6 @@ class AsyncEmbedQueue:
             self._reader.subscribe(call, step.fresh, are_fresh=True)
             self._reader.subscribe(call, step.known)
             return []
-        if self._is_closed:
-            raise closed()
         try:
             if isinstance(step, calls.ScriptCall):
                 return await self._round_trips.run(self._scripts[step.script], step.keys, step.args)

@@ -13,14 +13,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import redis
 import redis.asyncio
 
 from embedq.producer import keys
-from embedq.producer.connection import BACKOFF, RETRIES, describe, is_passing, translate
+from embedq.producer.connection import BACKOFF, RETRIES, closed, describe, is_passing, translate
 from embedq.producer.errors import EmbedqError, QueueConnectionError
+from embedq.producer.looks import look
 from embedq.producer.mailbox import Mailbox, Verdict
 from embedq.producer.outcomes import (
     BEFORE_ALL,
@@ -28,10 +28,6 @@ from embedq.producer.outcomes import (
     RETRIED,
     Outcome,
     entry_outcome,
-    final_outcome,
-    is_over,
-    look_commands,
-    read_status,
     timed_out,
 )
 from embedq.producer.result_streams import ResultStreams, bulk
@@ -190,7 +186,7 @@ class AsyncResultReader:
 
     async def _look_at_newcomers(self) -> None:
         batch = list(islice(self._newcomers, LOOK_JOBS))
-        found = await self._look([job_id for _, job_id in batch])
+        found = await look(self._client, [job_id for _, job_id in batch])
         for call, job_id in batch:
             # Calls that were canceled meanwhile are no longer there.
             if (call, job_id) in self._newcomers:
@@ -202,34 +198,13 @@ class AsyncResultReader:
 
     async def _look_again(self, watches: Sequence[_Watch]) -> bool:
         """Settles what ended without an entry in its stream. Whether it found any."""
-        found = await self._look([watch.job_id for watch in watches])
+        found = await look(self._client, [watch.job_id for watch in watches])
         for watch in watches:
             watch.looked_at_s = time.monotonic()
             verdict, _ = found[watch.job_id]
             if verdict is not None:
                 self._settle(watch, verdict)
         return any(verdict for verdict, _ in found.values())
-
-    async def _look(self, job_ids: Iterable[str]) -> dict[str, tuple[Verdict | None, bytes]]:
-        """Of each job what it came to, if it has ended, and its stream's last entry. One bad job fails alone."""
-        ids = list(dict.fromkeys(job_ids))
-        pipeline: Any = self._client.pipeline(transaction=True)
-        for command in look_commands(ids):
-            pipeline.execute_command(*command)
-        replies = await pipeline.execute(raise_on_error=False) if ids else []
-        return {
-            job_id: self._found(job_id, field, entries)
-            for job_id, field, entries in zip(ids, replies[::2], replies[1::2], strict=True)
-        }
-
-    def _found(self, job_id: str, field: Any, entries: Any) -> tuple[Verdict | None, bytes]:
-        for reply in (field, entries):
-            if isinstance(reply, redis.RedisError):
-                return partial(translate, reply, describe(self._client)), BEFORE_ALL
-        status, entry = read_status(field), entries[0] if entries else None
-        if is_over(status):
-            return partial(final_outcome, job_id, status, entry), BEFORE_ALL
-        return None, entry[0] if entry else BEFORE_ALL
 
     async def _read_on(self) -> None:
         """Reads what is watched, at a pace that leaves the server to others however much that is.
@@ -323,8 +298,3 @@ class AsyncResultReader:
 
 def _stream_key(job_id: str) -> bytes:
     return keys.results(job_id).encode()
-
-
-def closed() -> QueueConnectionError:
-    """What every call raises once the client was closed: it would open connections that nobody closes."""
-    return QueueConnectionError("this queue's client was closed; make another one")

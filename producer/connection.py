@@ -124,6 +124,11 @@ def is_passing(err: redis.RedisError) -> bool:
     return _PASSING_REPLIES.search(str(err)) is not None
 
 
+def closed() -> QueueConnectionError:
+    """What an awaiting client raises once it was closed: it would open connections that nobody closes."""
+    return QueueConnectionError("this queue's client was closed; make another one")
+
+
 def translate(err: redis.RedisError, place: str) -> EmbedqError:
     reason = " ".join(str(err).split())
     if isinstance(err, (redis.AuthenticationError, redis.exceptions.NoPermissionError)) or "NOAUTH" in reason:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import redis
 import redis.asyncio
 
-from embedq.producer.tasks import stop
+from embedq.producer.connection import closed
 
 #: Connections that all calls share.
 MAX_CONNECTIONS = 4
@@ -38,18 +38,24 @@ class RoundTrips:
         self._num_busy = 0
         self._waiting: deque[_Question] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+        #: Set when nothing is under way.
+        self._is_quiet = asyncio.Event()
         self._loading = asyncio.Lock()
         self._num_loads = 0
 
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies. Raises redis.RedisError, also for one command that Redis refuses."""
+        """The replies. Raises redis.RedisError, also for one command that Redis refuses; once closed
+        QueueConnectionError.
+        """
+        if self._is_closed:
+            raise closed()
         if self._num_busy < MAX_CONNECTIONS:
             self._num_busy += 1
             try:
                 replies = await self._go(commands)
             finally:
-                self._num_busy -= 1
-                self._take_turns()
+                self._end_turn()
         else:
             question = _Question(commands, asyncio.get_running_loop().create_future())
             self._waiting.append(question)
@@ -70,10 +76,15 @@ class RoundTrips:
             return (await self.ask([command]))[0]
 
     async def close(self) -> None:
-        """Ends what is under way for several calls; those calls are canceled."""
-        await stop(self._tasks)
+        """Lets what is under way end; calls that still wait for their turn raise QueueConnectionError."""
+        self._is_closed = True
         while self._waiting:
-            self._waiting.popleft().answer.cancel()
+            answer = self._waiting.popleft().answer
+            if not answer.done():
+                answer.set_exception(closed())
+        if self._num_busy:
+            self._is_quiet.clear()
+            await self._is_quiet.wait()
 
     async def _load(self, script: Any, num_loads: int) -> None:
         """Loads a script, unless one was since `num_loads`: thousands of calls may miss it at once."""
@@ -91,18 +102,18 @@ class RoundTrips:
             pipeline.execute_command(*command)
         return list(await pipeline.execute(raise_on_error=False))
 
-    def _take_turns(self) -> None:
+    def _end_turn(self, task: asyncio.Task[None] | None = None) -> None:
         """A connection is free: it goes to those who wait, if any."""
+        if task is not None:
+            self._tasks.discard(task)
+        self._num_busy -= 1
         if self._waiting:
-            task = asyncio.create_task(self._answer_all(), name="embedq round trips")
             self._num_busy += 1
+            task = asyncio.create_task(self._answer_all(), name="embedq round trips")
             self._tasks.add(task)
             task.add_done_callback(self._end_turn)
-
-    def _end_turn(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._num_busy -= 1
-        self._take_turns()  # somebody may have come since it looked last
+        elif not self._num_busy:
+            self._is_quiet.set()
 
     async def _answer_all(self) -> None:
         while batch := self._next_batch():
@@ -116,9 +127,10 @@ class RoundTrips:
                 for question in batch:
                     if not question.answer.done():
                         question.answer.set_exception(err)
-            finally:
+            except asyncio.CancelledError:
                 for question in batch:
-                    question.answer.cancel()  # if there is none yet: then this task was canceled
+                    question.answer.cancel()
+                raise
 
     def _next_batch(self) -> list[_Question]:
         batch: list[_Question] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from embedq.producer import AsyncEmbedQueue, DuplicateJobError, QueueServerError, round_trips
+from embedq.producer import AsyncEmbedQueue, DuplicateJobError, QueueConnectionError, QueueServerError, round_trips
 from embedq.producer.connection import connect_async
 from embedq.producer.round_trips import RoundTrips
 
@@ -97,6 +97,22 @@ def test_calls_one_after_the_other_never_wait_for_nobody(url: str, monkeypatch: 
 
         await asyncio.gather(*(caller(pause) for pause in range(7)))
         assert trips._num_busy == 0
+
+    run(url, test)
+
+
+def test_closing_lets_what_is_under_way_end_and_refuses_the_rest(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_trips, "MAX_CONNECTIONS", 1)
+
+    async def test(trips: RoundTrips, client: Any) -> None:
+        asked = [asyncio.create_task(trips.ask([("ECHO", number)])) for number in range(5)]
+        await asyncio.sleep(0)
+        await trips.close()
+        ends = await asyncio.gather(*asked, return_exceptions=True)
+        assert ends[0] == [b"0"]
+        assert {type(end) for end in ends[1:]} == {QueueConnectionError}
+        with pytest.raises(QueueConnectionError, match="was closed"):
+            await trips.ask([("PING",)])
 
     run(url, test)
 
