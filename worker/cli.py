@@ -128,10 +128,23 @@ def main(debug: bool) -> None:
     logs.configure("text", logging.DEBUG if debug else logging.INFO)
 
 
+class DottedName(click.types.StringParamType):
+    """The name of a function; several of them are separated by commas in an environment variable."""
+
+    name = "name"
+    envvar_list_splitter = ","
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(value, param, ctx).strip()
+
+
 def _setting(name: str, **attributes: Any) -> Any:
-    """An option with the setting's default and environment variable."""
+    """An option with the setting's default and environment variable; a flag for each value of several is singular."""
     default = WorkerSettings.__dataclass_fields__[name].default
     flag = name.replace("_", "-")
+    if attributes.get("multiple"):
+        flag, default = flag.removesuffix("s"), None
+        attributes["envvar"] = environment_variable(name)
     return click.option(
         f"--{flag}/--no-{flag}" if attributes.get("is_flag") else f"--{flag}",
         name,
@@ -165,6 +178,12 @@ _QUEUE_SETTINGS = (
     _setting("lease_s", type=float, help="Seconds a claimed job is this worker's without a sign of life."),
     _setting("grace_s", type=float, help="Seconds from SIGTERM to the end."),
     _setting("max_claim_jobs", type=int, help="Jobs of one claim."),
+    _setting(
+        "allow_callbacks",
+        type=DottedName(),
+        multiple=True,
+        help="Function that jobs may name as an RQ callback, such as app.hooks.done; may be given many times.",
+    ),
     _setting("prefetch_batches", type=int, help="Micro-batches' worth of tokens that are claimed ahead."),
     _setting("linger_ms", type=float, help="Milliseconds that a micro-batch which is not full waits for more texts."),
     _setting(
@@ -268,7 +287,7 @@ def demo(**settings: Any) -> None:
 def _name_variables(command: click.Command) -> None:
     """Gives every option its environment variable, so that none is forgotten and none is named otherwise."""
     for parameter in command.params:
-        if isinstance(parameter, click.Option) and not parameter.is_eager:
+        if isinstance(parameter, click.Option) and not parameter.is_eager and parameter.envvar is None:
             flag = max(parameter.opts, key=len).lstrip("-")
             parameter.envvar = environment_variable(flag.replace("-", "_"))
     if isinstance(command, click.Group):

@@ -27,11 +27,11 @@ local function put_back(prefix, queue, id, push)
   redis.call(push, prefix .. ':queue:' .. queue, id)
 end
 
--- One more attempt for a job that has retries left: at the tail of its queue ('queued'), or, where RQ's Retry asked
--- for an interval, later ('scheduled'). False if none is left.
+-- One more attempt for a job that has retries left: at the tail of its queue, or the head ('queued'), or later
+-- ('scheduled'), as RQ's Retry asked for. False if none is left.
 local function try_again(prefix, queue, id)
   local key = prefix .. ':job:' .. id
-  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals')
+  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry')
   local left = tonumber(fields[1] or '') or 0
   if left < 1 then
     return false
@@ -41,12 +41,13 @@ local function try_again(prefix, queue, id)
   if readable and type(intervals) == 'table' and #intervals > 0 then
     local interval = seconds(intervals[math.max(#intervals - left, 0) + 1], 0)
     if interval > 0 then
-      redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
+      -- `ended_at` tells RQ, and promote.lua, that it was tried before.
+      redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '', 'ended_at', timestamp())
       redis.call('ZADD', prefix .. ':scheduled:' .. queue, math.floor(clock()) + interval, id)
       return 'scheduled'
     end
   end
-  put_back(prefix, queue, id, 'RPUSH')
+  put_back(prefix, queue, id, fields[3] == '1' and 'LPUSH' or 'RPUSH')
   return 'queued'
 end
 
@@ -55,16 +56,25 @@ local function has_dependents(prefix, id)
 end
 
 -- What the end of a job needs to know of it: status, result_ttl, failure_ttl, has_rate_limit, has_dependencies (it
--- waited for others), has_dependents, has_sequel (RQ has something to do after its end: other jobs depend on it, or
--- it holds a slot of a rate limit). Of what is no job hash, all false.
+-- waited for others), has_dependents, has_sequel (something follows its end: other jobs depend on it, it holds a slot
+-- of a rate limit, repeats, or names a callback). Of what is no job hash, all false.
 local function job_after(prefix, id, dependents)
   local fields = redis.pcall('HMGET', prefix .. ':job:' .. id, 'status', 'result_ttl', 'failure_ttl', 'rate_limit_key',
-    'dependency_ids')
+    'dependency_ids', 'repeats_left', 'success_callback_name', 'failure_callback_name', 'stopped_callback_name')
   if fields.err then
     return {}
   end
+  local has_sequel = dependents or fields[4] or fields[6]
+  for i = 7, 9 do
+    has_sequel = has_sequel or (fields[i] or '') ~= '' -- RQ writes empty names for callbacks that there are not
+  end
   return {status = fields[1], result_ttl = fields[2], failure_ttl = fields[3], has_rate_limit = fields[4],
-    has_dependencies = fields[5], has_dependents = dependents, has_sequel = dependents or fields[4]}
+    has_dependencies = fields[5], has_dependents = dependents, has_sequel = has_sequel}
+end
+
+-- Remembers that something follows a job's end until it is done: should the worker die before, another does it.
+local function note_sequel(prefix, queue, id)
+  redis.call('ZADD', prefix .. ':embedq:sequels:' .. queue, clock(), id)
 end
 
 -- Appends an entry {name, value, ...} to a result stream, whatever somebody put under its name.
@@ -76,9 +86,10 @@ local function append_result(stream, entry)
   end
 end
 
--- For how many seconds an ended job is kept; 0: not at all. One that RQ has to look at again stays for a minute.
+-- For how many seconds an ended job is kept; 0: not at all. One with a sequel stays until that is done, by another
+-- worker if need be.
 local function kept_for(job, ttl)
-  return ttl == 0 and job.has_sequel and 60 or ttl
+  return ttl == 0 and job.has_sequel and 600 or ttl
 end
 
 -- When a job that ends now leaves the registry: the score there.

@@ -13,8 +13,8 @@
 --       the name of the job's own, a colon and the execution id
 --   +5  seconds of work
 --
--- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, now or by the same call before, and RQ
--- has something to do after it. Staged streams that were not used stay where they are.
+-- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, now or by the same call before, and
+-- something is still to be done after it. Staged streams that were not used stay where they are.
 
 local FIELDS = 6
 local ENTRIES = {finished = {1, 'return_value'}, failed = {2, 'exc_string'}}
@@ -43,14 +43,20 @@ local function write_result(status, id, execution, payload)
   end
 end
 
+local function told(queue, id, has_sequel)
+  if has_sequel then
+    note_sequel(prefix, queue, id)
+  end
+  return has_sequel and 2 or 1
+end
+
 local function publish(i)
   local outcome, queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local job = job_after(prefix, id, some_have_dependents and has_dependents(prefix, id))
   local pair = id .. ':' .. execution
   if not held[pair] or job.status ~= 'started' then
-    local has_ended = job.status == 'finished' or job.status == 'failed' or job.status == 'scheduled'
     end_execution(prefix, queue, id, execution, worker)
-    return has_ended and job.has_sequel and 2 or 0
+    return redis.call('ZSCORE', prefix .. ':embedq:sequels:' .. queue, id) and 2 or 0
   end
   execution_keys[#execution_keys + 1] = prefix .. ':execution:' .. pair
   execution_keys[#execution_keys + 1] = prefix .. ':executions:' .. id
@@ -60,7 +66,7 @@ local function publish(i)
     failures = failures + 1
     local again = outcome == 'retry' and try_again(prefix, queue, id)
     if again then
-      return again == 'scheduled' and job.has_rate_limit and 2 or 1
+      return told(queue, id, again == 'scheduled' and job.has_rate_limit)
     end
   end
   local status = outcome == 'finished' and 'finished' or 'failed'
@@ -76,7 +82,7 @@ local function publish(i)
     table.insert(registry[queue], leaves_at(ttl, now_s))
     table.insert(registry[queue], id)
   end
-  return job.has_sequel and 2 or 1
+  return told(queue, id, job.has_sequel)
 end
 
 local dependents_keys = {}

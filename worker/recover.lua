@@ -1,5 +1,4 @@
 -- Takes back the jobs of one queue whose lease has run out: another attempt while retries are left, else failed.
--- Jobs with a failure callback or webhooks are left to RQ's own clean-up: nothing that a job names is run here.
 --
 -- KEYS[1]  the queue's started registry
 -- ARGV[1]  RQ's key prefix
@@ -8,14 +7,15 @@
 -- ARGV[4]  base64 of the compressed reason
 -- ARGV[5]  at most so many in one call
 --
--- Returns {number tried again, number failed, ids of those after which RQ has something to do...}.
+-- Returns {number tried again, number failed, ids of those after which something is still to be done...}.
 
 local prefix, queue, now, limit = ARGV[1], ARGV[2], timestamp(), tonumber(ARGV[5])
 local cutoff = clock()
 local replies, left_alone, taken = {0, 0}, 0, 0
 
-local function is_set(field)
-  return field and field ~= ''
+local function tell_sequel(id)
+  note_sequel(prefix, queue, id)
+  replies[#replies + 1] = id
 end
 
 local function fail(id, job, worker)
@@ -31,30 +31,23 @@ end
 
 local function recover(id, execution)
   local job = job_after(prefix, id, has_dependents(prefix, id))
-  if job.status == 'started' then
-    local callbacks = redis.call('HMGET', prefix .. ':job:' .. id, 'failure_callback_name', 'webhooks')
-    if is_set(callbacks[1]) or is_set(callbacks[2]) then
-      return false
-    end
-  end
   local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
   if job.status == 'started' then
     local again = try_again(prefix, queue, id)
     if again then
       replies[1] = replies[1] + 1
       if again == 'scheduled' and job.has_rate_limit then
-        replies[#replies + 1] = id
+        tell_sequel(id)
       end
     else
       fail(id, job, worker)
       replies[2] = replies[2] + 1
       if job.has_sequel then
-        replies[#replies + 1] = id
+        tell_sequel(id)
       end
     end
   end
   end_execution(prefix, queue, id, execution, worker)
-  return true
 end
 
 while taken < limit do
@@ -64,7 +57,8 @@ while taken < limit do
   end
   for _, pair in ipairs(pairs_here) do
     local id, execution = string.match(pair, '^([^:]*):(.*)$')
-    if id and recover(id, execution) then
+    if id then
+      recover(id, execution)
       taken = taken + 1
     else
       left_alone = left_alone + 1

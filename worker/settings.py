@@ -44,6 +44,8 @@ class WorkerSettings:
     grace_s: float = 25.0
     #: jobs of one claim, however small they are
     max_claim_jobs: int = 1024
+    #: dotted names of the functions that jobs may name as RQ callbacks; no others are called or imported
+    allow_callbacks: tuple[str, ...] = ()
     #: micro-batches' worth of tokens that are claimed ahead
     prefetch_batches: int = 4
     #: milliseconds for which a micro-batch that is not full waits for more texts
@@ -71,6 +73,9 @@ class WorkerSettings:
             raise ConfigurationError(f"lease_s must be 1 to 86400 seconds, not {self.lease_s:g}")
         if not 0 <= self.grace_s <= 86_400:
             raise ConfigurationError(f"grace_s must be 0 to 86400 seconds, not {self.grace_s:g}")
+        for name in self.allow_callbacks:
+            if "." not in name or not all(part.isidentifier() for part in name.split(".")):
+                raise ConfigurationError(f"allow_callbacks must be dotted names such as app.hooks.done, not {name!r}")
         if self.log_format not in get_args(LogFormat):
             raise ConfigurationError(f"log_format must be text or json, not {self.log_format!r}")
 
@@ -103,9 +108,17 @@ def _read_switch(text: str) -> bool:
     raise ValueError(text)
 
 
+def _read_names(text: str) -> tuple[str, ...]:
+    """Comma-separated."""
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
 _NUMBERS: dict[str, Any] = {
     **dict.fromkeys(("max_batch_tokens", "max_claim_jobs", "prefetch_batches"), int),
     **dict.fromkeys(("lease_s", "grace_s", "linger_ms", "max_latency_ms"), float),
 }
 _SWITCHES: dict[str, Any] = {"warm_up": _read_switch, "allow_tf32": _read_switch}
-_READERS: dict[str, Any] = {field.name: (_NUMBERS | _SWITCHES).get(field.name, str) for field in fields(WorkerSettings)}
+_NAMES: dict[str, Any] = {"allow_callbacks": _read_names}
+_READERS: dict[str, Any] = {
+    field.name: (_NUMBERS | _SWITCHES | _NAMES).get(field.name, str) for field in fields(WorkerSettings)
+}

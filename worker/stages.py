@@ -23,6 +23,7 @@ from embedq.worker.engine import Engine, Piece, Work
 from embedq.worker.estimates import ClaimBudget
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.planning import ReadyJob
+from embedq.worker.sequels import Sequels
 
 logger = logging.getLogger("embedq.worker")
 
@@ -44,7 +45,7 @@ class WorkerStages:
         leases: LeaseKeeper,
         budget: ClaimBudget,
         ranked_queues: Sequence[str],
-        do_sequels: Callable[[str, list[str]], None],
+        sequels: Sequels,
     ) -> None:
         """ranked_queues: the most urgent first; the others count as urgent as the first of them."""
         self._engine = engine
@@ -52,7 +53,7 @@ class WorkerStages:
         self._leases = leases
         self._budget = budget
         self._ranks = {queue: rank for rank, queue in enumerate(ranked_queues)}
-        self._do_sequels = do_sequels
+        self._sequels = sequels
         self.num_finished = 0
         self.num_failed = 0
 
@@ -111,9 +112,12 @@ class WorkerStages:
         try:
             with_sequel = self._until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
             self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
+            for outcome in outcomes:
+                if outcome.kind != "finished":
+                    self._sequels.report(outcome.claim.job_id, outcome.payload)
             for outcome in with_sequel:
                 claim = outcome.claim
-                follow = functools.partial(self._do_sequels, claim.queue, [claim.job_id])
+                follow = functools.partial(self._sequels.follow, claim.queue, claim.job_id)
                 self._until_served(follow, "what follows a job")
         except redis.RedisError as err:
             if not is_passing(err):

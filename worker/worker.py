@@ -14,31 +14,34 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import redis
 from rq import worker_registration
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
-from rq.exceptions import NoSuchJobError, StopRequested
-from rq.job import Job
+from rq.exceptions import StopRequested
 from rq.logutils import setup_loghandlers
-from rq.rate_limit import RateLimitRegistry, release_slot
+from rq.rate_limit import RateLimitRegistry
 from rq.utils import now
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
 from embedq.producer.connection import is_passing
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.serializer import EmbedSerializer
-from embedq.producer.status import JobStatus
+from embedq.worker.callbacks import CallbackThread
 from embedq.worker.claims import Claimed, ClaimStore
+from embedq.worker.commands import CommandHandler, survive
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
+from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.memory import keep_freed_memory
 from embedq.worker.pipeline import Bounds, Pipeline
 from embedq.worker.planning import QueueTurns
+from embedq.worker.promotion import Promoter
+from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.stages import WorkerStages
 from embedq.worker.waiting import QueueWaiter
@@ -77,6 +80,10 @@ class EmbedWorker(SimpleWorker):
     budget: ClaimBudget
     store: ClaimStore
     leases: LeaseKeeper
+    callbacks: CallbackThread
+    sequels: Sequels
+    promoter: Promoter
+    commands: CommandHandler
     waiter: QueueWaiter
     turns: QueueTurns
     stages: WorkerStages
@@ -115,6 +122,7 @@ class EmbedWorker(SimpleWorker):
                 on_exit.callback(self._stop_scheduler)
             self._prepare()
             on_exit.callback(self.waiter.close)
+            self.callbacks.start()
             if not logging.getLogger("embedq").hasHandlers():
                 # `rq worker` sets up RQ's loggers alone.
                 setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
@@ -130,22 +138,32 @@ class EmbedWorker(SimpleWorker):
     def _prepare(self) -> None:
         keep_freed_memory()
         settings = self.settings
+        self.callbacks = CallbackThread(settings.allow_callbacks)
         self.engine = Engine(load_encoder(settings), settings.max_batch_tokens, self.name)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
         self.store = ClaimStore(self.connection, self.name, settings.lease_s)
+        self.sequels = Sequels(self.connection, self.queue_names(), self.callbacks, self._exc_handlers)
+        self.promoter = Promoter(self.connection, self.queue_names())
         self.leases = LeaseKeeper(
             self.store,
             self.queue_names(),
             self.worker_ttl + 60,
-            on_abandoned=self._do_sequels,
+            on_abandoned=self.sequels.follow_all,
             on_forgotten=self._register_again,
+            on_tick=self._tick,
+        )
+        interruptions = Interruptions(self.connection, self.name, self.leases, self.sequels)
+        self.commands = CommandHandler(
+            on_shutdown=lambda: os.kill(os.getpid(), signal.SIGINT),
+            on_stop=interruptions.stop,
+            on_cancel=interruptions.cancel,
         )
         self.waiter = QueueWaiter(self.connection, self.queue_keys())
         self.turns = QueueTurns()
         # Where the queues take turns, none is more urgent than another.
         ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
-        self.stages = WorkerStages(self.engine, self.store, self.leases, self.budget, ranked, self._do_sequels)
-        self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self.waiter.wake)
+        self.stages = WorkerStages(self.engine, self.store, self.leases, self.budget, ranked, self.sequels)
+        self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self._end_claiming)
 
     def _bounds(self) -> Bounds:
         settings = self.settings
@@ -185,6 +203,7 @@ class EmbedWorker(SimpleWorker):
         try:
             self._release_held()
             self.leases.stop()
+            self.callbacks.close(self._grace_left())
             if self.birth_date is not None:
                 self.teardown()
         except redis.RedisError as err:
@@ -309,39 +328,17 @@ class EmbedWorker(SimpleWorker):
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
         self.leases.drop(held)
 
-    def _do_sequels(self, queue_name: str, job_ids: Sequence[str]) -> None:
-        """RQ's own steps after a job's end: dependents onto their queues, the slot of a rate limit freed.
-
-        Each may be done twice. A job that RQ cannot read must not end the worker.
-        """
-        queue = self.queue_class(queue_name, connection=self.connection, serializer=self.serializer)
-        for job_id in job_ids:
-            with self._errors_logged(f"what follows job {job_id}"):
-                job = Job.fetch(job_id, connection=self.connection, serializer=self.serializer)
-                if job.get_status(refresh=False) in (JobStatus.FINISHED.value, JobStatus.FAILED.value):
-                    with self._errors_logged(f"the dependents of job {job_id}"):
-                        queue.enqueue_dependents(job)
-                release_slot(job)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _errors_logged(what: str) -> Iterator[None]:
-        """For RQ's code over data that anybody may have written: only a Redis that cannot serve is an error of ours."""
-        try:
-            yield
-        except NoSuchJobError:
-            return
-        except Exception as err:
-            if isinstance(err, redis.RedisError) and is_passing(err):
-                raise
-            logger.exception("%s could not be done", what)
+    def _tick(self) -> None:
+        """Each second, on the thread of the leases."""
+        self.promoter.round()
+        self.sequels.take_up()
 
     # --- being idle, being an RQ worker
 
     def _look_after_queues(self) -> None:
         if not self.should_run_maintenance_tasks:
             return
-        with self._errors_logged("maintenance"):
+        with errors_logged("maintenance"):
             self.run_maintenance_tasks()
         self.last_cleaned_at = now()  # type: ignore[assignment]
 
@@ -368,7 +365,9 @@ class EmbedWorker(SimpleWorker):
             time.sleep(min(0.1, left))
 
     def serialize(self) -> dict[str, Any]:
-        """RQ's fields of the worker's hash, and what `embedq info` shows beside them."""
+        """RQ's fields of the worker's hash, and what `embedq info` shows beside them once the model is loaded."""
+        if not hasattr(self, "engine"):
+            return super().serialize()
         encoder = self.engine.encoder
         return {
             **super().serialize(),
@@ -395,25 +394,35 @@ class EmbedWorker(SimpleWorker):
         """As RQ's, with a thread that ends in a quarter of a second instead of a whole one."""
         pubsub = self.pubsub = self.connection.pubsub()
         pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
-        self.pubsub_thread: Any = pubsub.run_in_thread(
-            sleep_time=0.25, daemon=True, exception_handler=self._pubsub_exception_handler
-        )
+        self.pubsub_thread: Any = pubsub.run_in_thread(sleep_time=0.25, daemon=True, exception_handler=survive)
+
+    def handle_payload(self, message: Any) -> None:
+        self.commands.handle(message)
 
     # --- signals
+
+    def _end_claiming(self) -> None:
+        """Whatever the claiming thread waits for, and as soon as it can."""
+        self._stop_requested = True
+        self.waiter.wake()
 
     def request_stop(self, signum: int, frame: Any) -> None:  # noqa: ARG002
         """First signal: finish the micro-batch on the device, give the rest back, exit. A second one: at once."""
         asked_at = time.monotonic()
         if self._stop_asked_at is None:
             self._stop_asked_at = asked_at
-            self._stop_requested = True
-            self.waiter.wake()
+            self._end_claiming()
             self.pipeline.ask_to_stop()
             self._grace_timer = threading.Timer(self.settings.grace_s, self._end_of_grace)
             self._grace_timer.daemon = True
             self._grace_timer.start()
         elif asked_at - self._stop_asked_at > SAME_SIGNAL_S:
             raise SystemExit(128 + signum)
+
+    def _grace_left(self) -> float:
+        """Seconds; all of it where no signal came."""
+        passed_s = 0.0 if self._stop_asked_at is None else time.monotonic() - self._stop_asked_at
+        return max(0.0, self.settings.grace_s - passed_s)
 
     def _end_of_grace(self) -> None:
         """The micro-batch outlasts the grace: give everything back, but wait no longer for that either."""

@@ -222,15 +222,20 @@ def test_abandoned_jobs_wait_again_until_their_retries_are_used_up(queue: EmbedQ
     assert leftovers(queue) == set()
 
 
-def test_a_living_lease_and_a_job_with_callbacks_are_left_alone(queue: EmbedQueue, store: ClaimStore) -> None:
-    """RQ's clean-up would call what the job names; nothing of ours does."""
+def test_a_living_lease_is_left_alone(queue: EmbedQueue, store: ClaimStore) -> None:
     queue.enqueue("text")
     claim(store)
-    fields = {"status": "started", "failure_callback_name": "os.getpid", "data": "x", "retries_left": "3"}
-    queue._redis.hset(keys.job("theirs"), mapping=fields)
-    queue._redis.zadd(keys.started("embed"), {"theirs:0123abcd": 1, "no-pair": 1})
+    queue._redis.zadd(keys.started("embed"), {"no-pair": 1})
     assert store.recover("embed") == Recovered(0, 0, [])
-    assert queue._redis.zcard(keys.started("embed")) == 3
+    assert queue._redis.zcard(keys.started("embed")) == 2
+
+
+def test_a_recovered_job_that_failed_is_told_if_it_names_a_callback(queue: EmbedQueue, store: ClaimStore) -> None:
+    for number, name in enumerate(("app.hooks.failed", "")):
+        fields = {"status": "started", "failure_callback_name": name, "data": "x"}
+        queue._redis.hset(keys.job(f"theirs-{number}"), mapping=fields)
+        queue._redis.zadd(keys.started("embed"), {f"theirs-{number}:0123abcd": 1})
+    assert store.recover("embed") == Recovered(0, 2, ["theirs-0"])
 
 
 def test_jobs_left_alone_do_not_hide_those_behind_them(queue: EmbedQueue, store: ClaimStore) -> None:
@@ -279,7 +284,7 @@ def test_what_follows_a_job_is_told_again_after_a_lost_reply(queue: EmbedQueue, 
     outcome = done(claim(store)[0])
     assert store.publish([outcome]) == [outcome]
     assert store.publish([outcome]) == [outcome]
-    queue._redis.delete(keys.dependents(job.id))
+    queue._redis.zrem(keys.sequels("embed"), job.id)  # done
     assert store.publish([outcome]) == []
 
 

@@ -228,7 +228,7 @@ def test_callbacks_that_a_job_names_are_not_called(queue: EmbedQueue, drain: Dra
     queue._redis.hset(keys.job(abandoned.id), "status", "started")
     queue._redis.zadd(keys.started("embed"), {f"{abandoned.id}:0123": 1})
     drain()
-    assert (good.get_status(), bad.get_status(), abandoned.get_status()) == ("finished", "failed", "started")
+    assert (good.get_status(), bad.get_status(), abandoned.get_status()) == ("finished", "failed", "failed")
 
 
 def test_a_retry_that_is_scheduled_frees_the_slot_of_its_rate_limit(queue: EmbedQueue, drain: Drain) -> None:
