@@ -79,22 +79,22 @@ class NoopEncoder:
         truncation_side: TruncationSide = "right",
     ) -> list[TokenizedText]:
         """One token a word and two more, as if for <s> and </s>."""
-        return [self._tokenize_one(index, prompt + text, truncate, truncation_side) for index, text in enumerate(texts)]
+        if prompt:
+            texts = [prompt + text for text in texts]
+        return [self._tokenize_one(index, text, truncate, truncation_side) for index, text in enumerate(texts)]
 
     def _tokenize_one(self, index: int, text: str, truncate: bool, side: TruncationSide) -> TokenizedText:
         words = text.split()
+        if len(words) <= MAX_SEQ_LENGTH - _SPECIAL_TOKENS:
+            return TokenizedText(_ids(index, text, len(words)), False)
+        if not truncate:
+            raise TextTooLongError(
+                f"text {index} has {len(words) + _SPECIAL_TOKENS} tokens, {self.name} takes {MAX_SEQ_LENGTH}", index
+            )
         room = MAX_SEQ_LENGTH - _SPECIAL_TOKENS
-        truncated = len(words) > room
-        if truncated:
-            if not truncate:
-                raise TextTooLongError(
-                    f"text {index} has {len(words) + _SPECIAL_TOKENS} tokens, {self.name} takes {MAX_SEQ_LENGTH}",
-                    index,
-                )
-            words = words[:room] if side == "right" else words[-room:]
-            # Like a real model: what was cut away has no say in the vector.
-            text = " ".join(words)
-        return TokenizedText(_ids(index, text, len(words)), truncated)
+        words = words[:room] if side == "right" else words[-room:]
+        # Like a real model: what was cut away has no say in the vector.
+        return TokenizedText(_ids(index, " ".join(words), room), True)
 
     def tokenize_windows(
         self, texts: Sequence[str], *, prompt: str = "", overlap: int | None = None
@@ -140,9 +140,14 @@ class NoopEncoder:
         if self.embedding_dim < MIN_SLICED_DIM:
             return normalize_rows(self._tables[rows].sum(axis=1))
         vectors = self._tables.take(rows, axis=0).reshape(num_vectors, -1)  # (n, 8 * width)
-        if vectors.shape[1] == self.embedding_dim:
-            return vectors  # eight slices of length 1/sqrt(8) each: a unit vector already
+        if self._is_unit:
+            return vectors
         return normalize_rows(vectors[:, : self.embedding_dim])
+
+    @property
+    def _is_unit(self) -> bool:
+        """Whether vectors are of unit length as they come: eight slices of length 1/sqrt(8) each."""
+        return self.embedding_dim >= MIN_SLICED_DIM and self.embedding_dim % NUM_TABLES == 0
 
     @cached_property
     def _tables(self) -> NDArray[np.float32]:
@@ -164,6 +169,8 @@ class NoopEncoder:
         precision: Precision = "float32",
     ) -> NDArray[np.generic]:
         normalize = self.default_normalize if normalize is None else normalize
+        if dimensions is None and self._is_unit:
+            normalize = False
         return postprocess(
             vectors, normalize=normalize, dimensions=dimensions, precision=precision, find_ranges=unit_ranges
         )

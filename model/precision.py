@@ -39,6 +39,8 @@ def postprocess(
         vectors = _cut(vectors, dimensions)
     if normalize:
         vectors = normalize_rows(vectors)
+        if precision == "float32":
+            return vectors  # new already
     ranges = find_ranges(vectors.shape[1]) if find_ranges and precision in CALIBRATED else None
     return quantize(vectors, precision, ranges)
 

@@ -39,6 +39,8 @@ from embedq.producer.requests import Request
 from embedq.producer.settings import FAILURE_TTL_S, MAX_TTL_S, JobSettings
 from embedq.producer.status import JobStatus
 
+#: Jobs whose status is asked for in one round trip.
+CHUNK_STATUSES = 10_000
 #: Jobs canceled in one call, which looks for each in its queue from end to end.
 CHUNK_CANCELS = 100
 #: Seconds between two attempts to enqueue on a full queue, at first and at most.
@@ -188,10 +190,13 @@ def start_in(delay: object) -> Start:
 
 
 def statuses(job_ids: Iterable[str]) -> Operation[dict[str, JobStatus | None]]:
-    """None for a job that is not there."""
-    ids = [check_job_id(job_id) for job_id in job_ids]
-    fields = yield Commands([("HGET", keys.job(job_id), "status") for job_id in ids])
-    return {job_id: read_status(field) for job_id, field in zip(ids, fields, strict=True)}
+    """A step per CHUNK_STATUSES; None for a job that is not there."""
+    waiting = iter([check_job_id(job_id) for job_id in job_ids])
+    found: dict[str, JobStatus | None] = {}
+    while chunk := list(itertools.islice(waiting, CHUNK_STATUSES)):
+        fields = yield Commands([("HGET", keys.job(job_id), "status") for job_id in chunk])
+        found.update(zip(chunk, map(read_status, fields), strict=True))
+    return found
 
 
 def status(job_id: str) -> Operation[JobStatus]:

@@ -89,7 +89,7 @@ end
 
 local due, status = 0, 'queued'
 if when ~= 'now' then
-  due = math.ceil(tonumber(ARGV[8]) + (when == 'in' and clock() or 0))
+  due = tonumber(ARGV[8]) + (when == 'in' and clock() or 0)
 end
 if unfinished > 0 then
   status = 'deferred'

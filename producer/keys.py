@@ -21,6 +21,8 @@ SUSPENDED = f"{PREFIX}:suspended"
 
 #: Set of the names of all groups.
 GROUPS = f"{PREFIX}:groups"
+#: Set of the names of all rate limits in use.
+RATE_LIMITS = f"{PREFIX}:rl-keys"
 
 #: What precedes a job's id in its key.
 JOB_PREFIX = f"{PREFIX}:job:"
@@ -43,6 +45,11 @@ def job(job_id: str) -> str:
 def results(job_id: str) -> str:
     """Stream of a job's results, the latest last."""
     return f"{PREFIX}:results:{job_id}"
+
+
+def staged_results(job_id: str, execution_id: str) -> str:
+    """A result stream on its way to `results`; gone with the transaction that made it. Ours, RQ has no such key."""
+    return f"{results(job_id)}:{execution_id}"
 
 
 def dependents(job_id: str) -> str:
@@ -90,6 +97,16 @@ def deferred(queue_name: str) -> str:
     return f"{PREFIX}:deferred:{queue_name}"
 
 
+def rate_limit(name: str) -> str:
+    """Hash of one rate limit; the sorted sets of its jobs are this and `:allowed` or `:rate_limited`."""
+    return f"{PREFIX}:rl:{name}"
+
+
+def sequels(queue_name: str) -> str:
+    """Sorted set of the jobs after whose end something is still to be done, by second; ours, RQ has no such key."""
+    return f"{PREFIX}:embedq:sequels:{queue_name}"
+
+
 def worker(name: str) -> str:
     """Hash of one worker."""
     return f"{PREFIX}:worker:{name}"
@@ -100,14 +117,14 @@ def worker_executions(name: str) -> str:
     return f"{PREFIX}:worker:{name}:executions"
 
 
+def worker_channel(name: str) -> str:
+    """Channel on which a worker is given commands."""
+    return f"{PREFIX}:pubsub:{name}"
+
+
 def worker_claim(name: str) -> str:
     """The nonce of a worker's last claim; ours, RQ has no such key."""
     return f"{PREFIX}:worker:{name}:claim"
-
-
-def worker_commands(name: str) -> str:
-    """Channel on which a worker hears RQ's commands, and `embedq-cancel` from cancel.lua."""
-    return f"{PREFIX}:pubsub:{name}"
 
 
 def group(name: str) -> str:

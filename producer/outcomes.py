@@ -4,11 +4,12 @@ replies; `results` asks.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import pybase64
 
 from embedq.producer import keys, wire
 from embedq.producer.embeddings import Embeddings
@@ -146,7 +147,7 @@ def final_outcome(job_id: str, status: JobStatus | None, entry: Any) -> Outcome:
 def _decode_return_value(field: bytes) -> Embeddings:
     """RQ's `return_value` field: base64 of a serialized value. Raises WireError."""
     try:
-        return wire.decode_result(base64.b64decode(field, validate=True))
+        return wire.decode_result(pybase64.b64decode(field, validate=True))
     except binascii.Error as err:
         raise WireError("the result in Redis is not base64") from err
 

@@ -202,7 +202,7 @@ class EmbedQueue:
         return self._run(calls.status(job_id))
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, JobStatus | None]:
-        """One round trip; None for a job that is not there."""
+        """One round trip for ten thousand; None for a job that is not there."""
         return self._run(calls.statuses(job_ids))
 
     def result(self, job_id: str, timeout: float | None = 30) -> Embeddings:
@@ -312,11 +312,6 @@ class EmbedQueue:
 
     def _outcomes(self, job_ids: list[str], timeout: float | None) -> Iterator[tuple[str, Outcome]]:
         return ResultReader(self._client).outcomes(job_ids, timeout)
-
-
-def format_time(moment: datetime) -> str:
-    """As RQ writes a time into its hashes: UTC with microseconds."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def check_queue_name(name: object) -> str:

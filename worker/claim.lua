@@ -8,20 +8,22 @@
 -- KEYS[5+] the queues' lists, the most urgent first
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  the worker's name
--- ARGV[3]  now, as RQ writes a time
--- ARGV[4]  the lease, in seconds
--- ARGV[5]  at most so many jobs
--- ARGV[6]  no further job once those taken cost so many bytes: their data, but BYTES_PER_TEXT a text at least
--- ARGV[7]  the nonce: what the execution ids begin with, unique to this call
--- ARGV[8+] the queues' names, as many as lists
+-- ARGV[3]  the lease, in seconds
+-- ARGV[4]  at most so many jobs
+-- ARGV[5]  no further job once those taken cost so many bytes: their data, but BYTES_PER_TEXT a text at least
+-- ARGV[6]  the nonce: what the execution ids begin with, unique to this call
+-- ARGV[7+] the queues' names, as many as lists
 --
--- Returns {suspended 0|1, job, job, ...}; each job is {queue name, id, execution id, data, enqueued_at}, data
--- false where the hash has none.
+-- Returns {now in seconds, state, job, job, ...}. State: 'suspended', 'empty' if the queues are, else 'more'. Each job
+-- is {queue name, id, execution id, data, enqueued_at}, data false where the hash has none.
 
 local BYTES_PER_TEXT = 8 -- so that a job of many empty texts, which compress to nothing, is not free
+local LOOK_AHEAD = 100 -- ids read off a list at a time
 
-local prefix, worker, now, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local max_jobs, max_bytes, nonce = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+local prefix, worker, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local max_jobs, max_bytes, nonce = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local started, now = clock(), timestamp()
+local second = string.format('%.6f', started)
 
 local function told(queue, id, execution, data, enqueued_at)
   return {queue, id, execution, data, enqueued_at or ''}
@@ -43,7 +45,7 @@ local function tell_again()
     end
   end
   table.sort(places)
-  local again = {0}
+  local again = {second, 'more'}
   for _, place in ipairs(places) do
     again[#again + 1] = jobs[place]
   end
@@ -54,48 +56,81 @@ if redis.call('GET', KEYS[4]) == nonce then
   return tell_again()
 end
 if redis.call('EXISTS', KEYS[1]) == 1 then
-  return {1}
+  return {second, 'suspended'}
 end
 
-local started = clock()
 local keep = math.ceil(lease) + 3600
-local claimed, bytes = {0}, 0
+local claimed, num_claimed, bytes = {second, 'more'}, 0, 0
+local all_pairs, leases = {}, {}
+
+local call, job_prefix, execution_prefix = redis.call, prefix .. ':job:', prefix .. ':execution:'
+local executions_prefix, keep_until, lease_until = prefix .. ':executions:', started + keep, started + lease
 
 local function claim(queue, id)
-  local key = prefix .. ':job:' .. id
+  local key = job_prefix .. id
   local fields = redis.pcall('HMGET', key, 'status', 'data', 'enqueued_at', 'embedq_texts')
+  local status, data = fields[1], fields[2]
   -- Vanished, canceled or never a job: nothing to do for it. (pcall: a key of another type.)
-  if fields.err or (fields[1] and fields[1] ~= 'queued') or redis.call('EXISTS', key) == 0 then
+  if fields.err or (status or 'queued') ~= 'queued' or (not status and call('EXISTS', key) == 0) then
     return
   end
-  local execution = nonce .. '-' .. #claimed
+  num_claimed = num_claimed + 1
+  local execution = nonce .. '-' .. num_claimed
   local pair = id .. ':' .. execution
-  redis.call('HSET', prefix .. ':execution:' .. pair, 'id', execution, 'job_id', id, 'worker_name', worker, 'queue', queue,
-    'created_at', string.format('%.6f', started), 'last_heartbeat', string.format('%.6f', started))
-  redis.call('EXPIRE', prefix .. ':execution:' .. pair, keep)
-  redis.call('ZADD', prefix .. ':executions:' .. id, started + keep, execution)
-  redis.call('EXPIRE', prefix .. ':executions:' .. id, keep)
-  redis.call('ZADD', wip_key(prefix, queue), started + lease, pair)
-  redis.call('SADD', KEYS[3], pair)
-  redis.call('HSET', key, 'status', 'started', 'started_at', now, 'last_heartbeat', now, 'worker_name', worker,
-    'origin', queue)
-  redis.call('PERSIST', key)
-  claimed[#claimed + 1] = told(queue, id, execution, fields[2], fields[3])
-  bytes = bytes + math.max(#(fields[2] or ''), BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
+  local record, records = execution_prefix .. pair, executions_prefix .. id
+  call('HSET', record, 'id', execution, 'job_id', id, 'worker_name', worker, 'queue', queue, 'created_at', second,
+    'last_heartbeat', second)
+  call('EXPIRE', record, keep)
+  call('ZADD', records, keep_until, execution)
+  call('EXPIRE', records, keep)
+  call('HSET', key, 'status', 'started', 'started_at', now, 'last_heartbeat', now, 'worker_name', worker, 'origin', queue)
+  call('PERSIST', key)
+  all_pairs[num_claimed] = pair
+  leases[#leases + 1] = lease_until
+  leases[#leases + 1] = pair
+  claimed[num_claimed + 2] = told(queue, id, execution, data, fields[3])
+  bytes = bytes + math.max(data and #data or 0, BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
 end
 
-for i = 5, #KEYS do
-  local queue = ARGV[3 + i]
-  while #claimed <= max_jobs and bytes < max_bytes do
-    local id = redis.call('LPOP', KEYS[i])
-    if not id then
-      break
+-- Claims from the head of one list; false once enough is claimed.
+local function drain(list, queue)
+  while true do
+    local ids = redis.call('LRANGE', list, 0, LOOK_AHEAD - 1)
+    local taken = 0
+    for _, id in ipairs(ids) do
+      if num_claimed >= max_jobs or bytes >= max_bytes then
+        break
+      end
+      claim(queue, id)
+      taken = taken + 1
     end
-    claim(queue, id)
+    if taken > 0 then
+      redis.call('LTRIM', list, taken, -1)
+    end
+    if taken < #ids then
+      return false
+    elseif #ids < LOOK_AHEAD then
+      return true
+    end
   end
 end
 
-if #claimed > 1 then
+local is_empty = true
+for i = 5, #KEYS do
+  local queue = ARGV[2 + i]
+  is_empty = drain(KEYS[i], queue)
+  in_slices(leases, function(...) redis.call('ZADD', wip_key(prefix, queue), ...) end)
+  leases = {}
+  if not is_empty then
+    break
+  end
+end
+if is_empty then
+  claimed[2] = 'empty'
+end
+
+if num_claimed > 0 then
+  in_slices(all_pairs, function(...) redis.call('SADD', KEYS[3], ...) end)
   redis.call('SET', KEYS[4], nonce, 'EX', 300)
   redis.call('EXPIRE', KEYS[3], keep)
   if redis.call('EXISTS', KEYS[2]) == 1 then

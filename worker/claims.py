@@ -6,25 +6,28 @@ Every method raises redis-py's errors; redis-py may send each call again after a
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
+import pybase64
 import redis
+from redis.exceptions import NoScriptError
 
 from embedq.producer import keys, scripts, wire
 from embedq.producer.errors import JobFailedError
-from embedq.producer.queue import format_time
 from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S
 
+#: Bytes of a result from which it goes past the script's arguments.
+STAGE_FROM_BYTES = 32 * 1024
 #: Leases taken back in one call.
 RECOVER_JOBS = 500
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: one for each job, and a frozen one takes three times as long to make.
+@dataclass(slots=True, eq=False)
 class Claim:
     """One job leased to this worker."""
 
@@ -33,7 +36,7 @@ class Claim:
     execution_id: str
     #: RQ's `data` field as it stands in Redis; empty if the hash has none
     data: bytes
-    #: seconds from enqueueing to the claim
+    #: seconds from enqueueing to the claim, by the server's clock
     queued_s: float
 
 
@@ -42,8 +45,8 @@ class Claimed:
     """What one call of claim.lua brought."""
 
     claims: list[Claim]
-    #: `rq suspend` is in force; nothing was claimed
-    suspended: bool = False
+    #: `suspended`: `rq suspend` is in force; `empty`: nothing is left on the queues
+    state: Literal["suspended", "empty", "more"] = "more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Recovered:
     with_sequel: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Outcome:
     """What became of one claim."""
 
@@ -80,7 +83,7 @@ class Outcome:
 
     @classmethod
     def finished(cls, claim: Claim, result: bytes, working_s: float) -> Outcome:
-        return cls(claim, "finished", base64.b64encode(result), working_s)
+        return cls(claim, "finished", pybase64.b64encode(result), working_s)
 
     @classmethod
     def failed(cls, claim: Claim, failure: JobFailedError) -> Outcome:
@@ -94,6 +97,7 @@ class ClaimStore:
     def __init__(self, client: redis.Redis, worker_name: str, lease_s: float) -> None:
         self.worker_name = worker_name
         self.lease_s = lease_s
+        self._client: Any = client
         self._nonce = _fresh_nonce()
         package = __package__ or "embedq.worker"
         prelude = scripts.source("embedq.producer", "common") + scripts.source(package, "common")
@@ -105,7 +109,6 @@ class ClaimStore:
 
     def claim(self, queues: Sequence[str], max_jobs: int, max_bytes: int) -> Claimed:
         """Up to `max_jobs` jobs, at least one if one waits, in the queues' order."""
-        now = datetime.now(UTC)
         reply = self._claim(
             keys=[
                 keys.SUSPENDED,
@@ -114,24 +117,55 @@ class ClaimStore:
                 keys.worker_claim(self.worker_name),
                 *map(keys.queue, queues),
             ],
-            args=[
-                *(keys.PREFIX, self.worker_name, format_time(now), self.lease_s, max_jobs, max_bytes),
-                self._nonce,
-                *queues,
-            ],
+            args=[keys.PREFIX, self.worker_name, self.lease_s, max_jobs, max_bytes, self._nonce, *queues],
         )
         # Only now: a call that raised may have claimed, and is told again under the same nonce.
         self._nonce = _fresh_nonce()
-        return Claimed([_read_claim(fields, now) for fields in reply[1:]], suspended=bool(reply[0]))
+        claimed_at = float(reply[0])
+        return Claimed([_read_claim(fields, claimed_at) for fields in reply[2:]], state=reply[1].decode())
 
     def publish(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Those after which RQ has something to do; the rest needs nothing more."""
-        args: list[Any] = [keys.PREFIX, self.worker_name, _now(), RESULT_TTL_S, FAILURE_TTL_S]
+        """Those after which RQ has something to do; the rest needs nothing more. One round trip."""
+        args: list[Any] = [keys.PREFIX, self.worker_name, RESULT_TTL_S, FAILURE_TTL_S]
+        staged: list[Outcome] = []
         for outcome in outcomes:
-            claim = outcome.claim
-            args += (outcome.kind, claim.queue, claim.job_id, claim.execution_id, outcome.payload, outcome.working_s)
-        replies = self._finish(keys=[], args=args)
+            claim, payload = outcome.claim, outcome.payload
+            if len(payload) >= STAGE_FROM_BYTES:
+                staged.append(outcome)
+                payload = b""
+            args += (outcome.kind, claim.queue, claim.job_id, claim.execution_id, payload, outcome.working_s)
+        replies = self._finish_staged(staged, args) if staged else self._finish(keys=[], args=args)
         return [outcome for outcome, reply in zip(outcomes, replies, strict=True) if reply == 2]
+
+    def _finish_staged(self, staged: Sequence[Outcome], args: Sequence[Any]) -> list[int]:
+        """finish.lua in a transaction with the streams that it takes over.
+
+        A script's arguments are copied three times on the server; a large result goes past them, as a stream under
+        another name, which the script renames if the job is still this worker's.
+        """
+        try:
+            return self._send_staged(staged, args)
+        except NoScriptError:
+            self._client.script_load(self._finish.script)
+            return self._send_staged(staged, args)
+
+    def _send_staged(self, staged: Sequence[Outcome], args: Sequence[Any]) -> list[int]:
+        names = [keys.staged_results(outcome.claim.job_id, outcome.claim.execution_id) for outcome in staged]
+        with self._client.pipeline(transaction=True) as pipeline:
+            for name, outcome in zip(names, staged, strict=True):
+                pipeline.execute_command("XADD", name, "*", *self._entry(outcome))
+            pipeline.execute_command("EVALSHA", self._finish.sha, 0, *args)
+            # What the script did not take: of jobs that are another's by now, or all, if the server lacks the script.
+            pipeline.execute_command("DEL", *names)
+            return list(pipeline.execute()[len(names)])
+
+    def _entry(self, outcome: Outcome) -> list[Any]:
+        """A result stream's entry as finish.lua writes it: name, value, ..."""
+        kind, name = (1, "return_value") if outcome.kind == "finished" else (2, "exc_string")
+        return [
+            *("type", kind, "worker_name", self.worker_name, name, outcome.payload),
+            *("execution_id", outcome.claim.execution_id),
+        ]
 
     def release(self, claims: Sequence[Claim]) -> int:
         """Back to the head of their queues, in the given order; how many were still ours."""
@@ -143,7 +177,7 @@ class ClaimStore:
         """Leases extended from now."""
         is_known, *lost = self._renew(
             keys=[keys.worker(self.worker_name), keys.worker_executions(self.worker_name)],
-            args=[keys.PREFIX, self.worker_name, _now(), self.lease_s, worker_ttl_s, *_flat(claims)],
+            args=[keys.PREFIX, self.worker_name, self.lease_s, worker_ttl_s, *_flat(claims)],
         )
         return Renewed([claims[place - 1] for place in lost], is_known=bool(is_known))
 
@@ -152,39 +186,27 @@ class ClaimStore:
         reason = JobFailedError.abandoned()
         retried, failed, *with_sequel = self._recover(
             keys=[keys.started(queue)],
-            args=[
-                *(keys.PREFIX, queue, _now(), FAILURE_TTL_S),
-                *(wire.encode_exc_string(reason), RECOVER_JOBS),
-            ],
+            args=[keys.PREFIX, queue, FAILURE_TTL_S, wire.encode_exc_string(reason), RECOVER_JOBS],
         )
         return Recovered(retried, failed, [job_id.decode() for job_id in with_sequel])
 
 
 def _fresh_nonce() -> str:
-    return os.urandom(12).hex()
+    return os.urandom(6).hex()
 
 
-def _read_claim(fields: Sequence[Any], now: datetime) -> Claim:
+def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:
     queue, job_id, execution_id, data, enqueued_at = fields
-    return Claim(
-        queue=queue.decode(),
-        job_id=job_id.decode(),
-        execution_id=execution_id.decode(),
-        data=data or b"",
-        queued_s=_seconds_since(enqueued_at.decode(errors="replace"), now),
-    )
+    waited_s = _seconds_since(enqueued_at, claimed_at)
+    return Claim(queue.decode(), job_id.decode(), execution_id.decode(), data or b"", waited_s)
 
 
-def _seconds_since(moment: str, now: datetime) -> float:
+def _seconds_since(moment: bytes, now: float) -> float:
     try:
-        return max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
+        return max(0.0, now - datetime.fromisoformat(moment.decode()).timestamp())
     except (ValueError, TypeError):
         return 0.0
 
 
 def _flat(claims: Sequence[Claim]) -> list[str]:
     return [part for claim in claims for part in (claim.queue, claim.job_id, claim.execution_id)]
-
-
-def _now() -> str:
-    return format_time(datetime.now(UTC))

@@ -32,7 +32,7 @@ from embedq.producer.errors import (
 )
 from embedq.producer.queue import DEFAULT_QUEUE, check_queue_name
 from embedq.worker import logs
-from embedq.worker.settings import LogFormat, WorkerSettings, environment_variable
+from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -128,10 +128,23 @@ def main(debug: bool) -> None:
     logs.configure("text", logging.DEBUG if debug else logging.INFO)
 
 
+class DottedName(click.types.StringParamType):
+    """The name of a function; several of them are separated by commas in an environment variable."""
+
+    name = "name"
+    envvar_list_splitter = ","
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(value, param, ctx).strip()
+
+
 def _setting(name: str, **attributes: Any) -> Any:
-    """An option with the setting's default and environment variable."""
+    """An option with the setting's default and environment variable; a flag for each value of several is singular."""
     default = WorkerSettings.__dataclass_fields__[name].default
     flag = name.replace("_", "-")
+    if attributes.get("multiple"):
+        flag, default = flag.removesuffix("s"), None
+        attributes["envvar"] = environment_variable(name)
     return click.option(
         f"--{flag}/--no-{flag}" if attributes.get("is_flag") else f"--{flag}",
         name,
@@ -165,6 +178,19 @@ _QUEUE_SETTINGS = (
     _setting("lease_s", type=float, help="Seconds a claimed job is this worker's without a sign of life."),
     _setting("grace_s", type=float, help="Seconds from SIGTERM to the end."),
     _setting("max_claim_jobs", type=int, help="Jobs of one claim."),
+    _setting(
+        "allow_callbacks",
+        type=DottedName(),
+        multiple=True,
+        help="Function that jobs may name as an RQ callback, such as app.hooks.done; may be given many times.",
+    ),
+    _setting("prefetch_batches", type=int, help="Micro-batches' worth of tokens that are claimed ahead."),
+    _setting("linger_ms", type=float, help="Milliseconds that a micro-batch which is not full waits for more texts."),
+    _setting(
+        "max_latency_ms",
+        type=float,
+        help="Milliseconds from enqueueing to the end of encoding that micro-batches are cut for; default: full ones.",
+    ),
     _setting("log_format", type=click.Choice(get_args(LogFormat)), help="Log lines for people or for programs."),
 )
 
@@ -181,6 +207,13 @@ def _settings_options(command: Any) -> Any:
 @click.option("--name", help="The worker's name; default: host, process and chance.")
 @click.option("--burst", is_flag=True, help="Stop once the queues are empty.")
 @click.option("--max-jobs", type=click.IntRange(min=1), help="Stop after so many jobs.")
+@click.option(
+    "--dequeue-strategy",
+    type=click.Choice(get_args(DequeueStrategyName)),
+    default="default",
+    show_default=True,
+    help="The most urgent queue first, or each queue in turn, or at random.",
+)
 @_settings_options
 @click.pass_context
 def worker(
@@ -191,6 +224,7 @@ def worker(
     name: str | None,
     burst: bool,
     max_jobs: int | None,
+    dequeue_strategy: str,
     **settings: Any,
 ) -> None:
     """Drain QUEUES (default: embed), the most urgent first, until stopped.
@@ -202,6 +236,8 @@ def worker(
     embedq worker --url redis://redis:6379/0 --device cuda
     embedq worker urgent bulk --burst
     """
+    from rq.worker import DequeueStrategy
+
     from embedq.worker.worker import EmbedWorker
 
     checked = WorkerSettings(**settings)
@@ -211,7 +247,9 @@ def worker(
     with translated_errors(connection):
         connection.ping()
         name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
-        EmbedWorker(names, name=name, connection=connection, settings=checked).work(burst=burst, max_jobs=max_jobs)
+        EmbedWorker(names, name=name, connection=connection, settings=checked).work(
+            burst=burst, max_jobs=max_jobs, dequeue_strategy=DequeueStrategy(dequeue_strategy)
+        )
 
 
 @click.command()
@@ -249,7 +287,7 @@ def demo(**settings: Any) -> None:
 def _name_variables(command: click.Command) -> None:
     """Gives every option its environment variable, so that none is forgotten and none is named otherwise."""
     for parameter in command.params:
-        if isinstance(parameter, click.Option) and not parameter.is_eager:
+        if isinstance(parameter, click.Option) and not parameter.is_eager and parameter.envvar is None:
             flag = max(parameter.opts, key=len).lstrip("-")
             parameter.envvar = environment_variable(flag.replace("-", "_"))
     if isinstance(command, click.Group):

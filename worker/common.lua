@@ -1,5 +1,15 @@
 -- Put before each of the worker's scripts, behind the client's common.lua: what they share.
 
+-- Values given to one command: Lua's stack takes some 8,000. Even, for commands that take pairs.
+local SLICE = 4000
+
+-- Calls `action(first, second, ...)` with a list's values, in as many calls as it takes; with none for an empty list.
+local function in_slices(list, action)
+  for first = 1, #list, SLICE do
+    action(unpack(list, first, math.min(first + SLICE - 1, #list)))
+  end
+end
+
 -- Whether this execution still holds its job: nobody canceled it, and its lease was not given to another.
 local function holds(prefix, queue, id, execution)
   return redis.call('ZSCORE', wip_key(prefix, queue), id .. ':' .. execution)
@@ -17,11 +27,11 @@ local function put_back(prefix, queue, id, push)
   redis.call(push, prefix .. ':queue:' .. queue, id)
 end
 
--- One more attempt for a job that has retries left: at the tail of its queue ('queued'), or, where RQ's Retry asked
--- for an interval, later ('scheduled'). False if none is left.
+-- One more attempt for a job that has retries left: at the tail of its queue, or the head ('queued'), or later
+-- ('scheduled'), as RQ's Retry asked for. False if none is left.
 local function try_again(prefix, queue, id)
   local key = prefix .. ':job:' .. id
-  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals')
+  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry')
   local left = tonumber(fields[1] or '') or 0
   if left < 1 then
     return false
@@ -31,46 +41,83 @@ local function try_again(prefix, queue, id)
   if readable and type(intervals) == 'table' and #intervals > 0 then
     local interval = seconds(intervals[math.max(#intervals - left, 0) + 1], 0)
     if interval > 0 then
-      redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
+      -- `ended_at` tells RQ, and promote.lua, that it was tried before.
+      redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '', 'ended_at', timestamp())
       redis.call('ZADD', prefix .. ':scheduled:' .. queue, math.floor(clock()) + interval, id)
       return 'scheduled'
     end
   end
-  put_back(prefix, queue, id, 'RPUSH')
+  put_back(prefix, queue, id, fields[3] == '1' and 'LPUSH' or 'RPUSH')
   return 'queued'
 end
 
-local function has_rate_limit(prefix, id)
-  return redis.call('HEXISTS', prefix .. ':job:' .. id, 'rate_limit_key') == 1
+local function has_dependents(prefix, id)
+  return redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents') == 1
 end
 
--- Whether RQ has something to do after this job's end: other jobs depend on it, or it holds a slot of a rate limit.
-local function has_sequel(prefix, id)
-  return redis.call('EXISTS', prefix .. ':job:' .. id .. ':dependents') == 1 or has_rate_limit(prefix, id)
-end
-
--- Ends a job as finished or failed: status, registry, result stream, times to live. fields: the stream entry's.
-local function close_job(prefix, queue, id, status, ttl, ended_at, fields)
-  local key, stream = prefix .. ':job:' .. id, prefix .. ':results:' .. id
-  local dependents, dependencies = key .. ':dependents', prefix .. ':job::' .. id .. ':dependencies'
-  if ttl == 0 then
-    if not has_sequel(prefix, id) then
-      redis.call('DEL', key, stream, prefix .. ':executions:' .. id, dependencies)
-      return
-    end
-    ttl = 60 -- kept until RQ has done what follows
+-- What the end of a job needs to know of it: status, result_ttl, failure_ttl, has_rate_limit, has_dependencies (it
+-- waited for others), has_dependents, has_sequel (something follows its end: other jobs depend on it, it holds a slot
+-- of a rate limit, repeats, or names a callback). Of what is no job hash, all false.
+local function job_after(prefix, id, dependents)
+  local fields = redis.pcall('HMGET', prefix .. ':job:' .. id, 'status', 'result_ttl', 'failure_ttl', 'rate_limit_key',
+    'dependency_ids', 'repeats_left', 'success_callback_name', 'failure_callback_name', 'stopped_callback_name')
+  if fields.err then
+    return {}
   end
+  local has_sequel = dependents or fields[4] or fields[6]
+  for i = 7, 9 do
+    has_sequel = has_sequel or (fields[i] or '') ~= '' -- RQ writes empty names for callbacks that there are not
+  end
+  return {status = fields[1], result_ttl = fields[2], failure_ttl = fields[3], has_rate_limit = fields[4],
+    has_dependencies = fields[5], has_dependents = dependents, has_sequel = has_sequel}
+end
+
+-- Remembers that something follows a job's end until it is done: should the worker die before, another does it.
+local function note_sequel(prefix, queue, id)
+  redis.call('ZADD', prefix .. ':embedq:sequels:' .. queue, clock(), id)
+end
+
+-- Appends an entry {name, value, ...} to a result stream, whatever somebody put under its name.
+local function append_result(stream, entry)
+  local reply = redis.pcall('XADD', stream, 'MAXLEN', '~', 10, '*', unpack(entry))
+  if type(reply) == 'table' and reply.err then
+    redis.call('DEL', stream)
+    redis.call('XADD', stream, '*', unpack(entry))
+  end
+end
+
+-- For how many seconds an ended job is kept; 0: not at all. One with a sequel stays until that is done, by another
+-- worker if need be.
+local function kept_for(job, ttl)
+  return ttl == 0 and job.has_sequel and 600 or ttl
+end
+
+-- When a job that ends now leaves the registry: the score there.
+local function leaves_at(ttl, now_s)
+  return ttl < 0 and '+inf' or math.floor(now_s) + ttl
+end
+
+local function delete_job(prefix, id)
+  local key = prefix .. ':job:' .. id
+  redis.call('DEL', key, prefix .. ':results:' .. id, prefix .. ':executions:' .. id,
+    prefix .. ':job::' .. id .. ':dependencies')
+end
+
+-- Marks a job, whose result is written, as ended, to be kept for `ttl` seconds (-1: for good).
+local function close_job(prefix, id, job, status, ttl, ended_at)
+  local key, stream = prefix .. ':job:' .. id, prefix .. ':results:' .. id
   redis.call('HSET', key, 'status', status, 'ended_at', ended_at, 'last_heartbeat', ended_at)
-  redis.call('XADD', stream, 'MAXLEN', '~', 10, '*', unpack(fields))
-  local registry = prefix .. ':' .. status .. ':' .. queue
   if ttl < 0 then
-    redis.call('ZADD', registry, '+inf', id)
     redis.call('PERSIST', stream)
-  else
-    redis.call('ZADD', registry, math.floor(clock()) + ttl, id)
-    for _, expiring in ipairs({key, stream, dependents, dependencies}) do
-      redis.call('EXPIRE', expiring, ttl)
-    end
+    return
+  end
+  redis.call('EXPIRE', key, ttl)
+  redis.call('EXPIRE', stream, ttl)
+  if job.has_dependents then
+    redis.call('EXPIRE', key .. ':dependents', ttl)
+  end
+  if job.has_dependencies then
+    redis.call('EXPIRE', prefix .. ':job::' .. id .. ':dependencies', ttl)
   end
 end
 

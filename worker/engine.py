@@ -6,11 +6,14 @@ its job's alone.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +24,19 @@ from embedq.model.precision import postprocess_states
 from embedq.model.windows import mean_of_windows
 from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import JobFailedError
+from embedq.producer.options import EmbedOptions
 from embedq.producer.wire import EmbedRequest
-from embedq.worker.planning import plan
+from embedq.worker.planning import ReadyJob, ReadyTexts
 
 #: Bytes that the vectors of one job with token output may have.
 MAX_TOKEN_OUTPUT_BYTES = 64 * 1024 * 1024
+#: Texts a job from which finishing it together with others costs more, for copies, than it saves in calls.
+TEXTS_TO_FINISH_ALONE = 16
+#: Options remembered as checked: callers could send a new prompt with each job.
+MAX_CHECKED_OPTIONS = 256
+
+#: Texts with one vector and texts with one a token never share a micro-batch.
+_KINDS = {"sentence": 0, "tokens": 1}
 
 logger = logging.getLogger("embedq.worker")
 
@@ -36,23 +47,27 @@ class Work:
 
     request: EmbedRequest
     #: of each piece
-    tokens: list[TokenizedText]
+    tokens: Sequence[TokenizedText]
     #: of each piece, the place of its text
     texts: Sequence[int]
     #: (n,) of each text, as the result reports it
     num_tokens: tuple[int, ...]
-    #: filled piece by piece: (pieces, embedding_dim) float32; or of token output (sum of num_tokens, d) as the
-    #: result has them
-    vectors: NDArray[Any]
+    #: (pieces, embedding_dim) float32 once all are there; or of token output (sum of num_tokens, d) as the result
+    #: has them
+    vectors: NDArray[Any] | None = None
     #: pieces not encoded yet
-    missing: int
+    missing: int = 0
     #: set once a text could not be encoded; the other rows no longer matter
     failure: JobFailedError | None = None
+    #: the caller's own
+    tag: Any = None
+    #: seconds that it has waited before
+    queued_s: float = 0.0
     began_at: float = field(default_factory=time.monotonic)
     tokenize_s: float = 0.0
     #: what the micro-batches that served this job took, whoever shared them
     encode_s: float = 0.0
-    #: this job's share of them, by tokens
+    #: this job's share of them, by pieces
     busy_s: float = 0.0
     batch_texts: int = 0
     batch_tokens: int = 0
@@ -66,40 +81,54 @@ class Work:
         return self.request.options.output
 
     @property
+    def lengths(self) -> list[int]:
+        """(pieces,) tokens"""
+        return [text.num_tokens for text in self.tokens]
+
+    def ready(self, rank: int = 0) -> ReadyJob:
+        """As it waits for the encoder; `rank` of its queue, 0 the most urgent."""
+        pieces: list[Piece] = list(zip(itertools.repeat(self), range(len(self.tokens))))
+        return ReadyJob(pieces, self.lengths, _KINDS[self.output], rank)
+
+    @property
     def truncated(self) -> tuple[bool, ...]:
         """(n,)"""
         if self.request.options.chunk:
             return (False,) * len(self.num_tokens)
-        return tuple(text.truncated for text in self.tokens)
+        return tuple([text.truncated for text in self.tokens])
 
-    def fill(self, place: int, rows: NDArray[np.generic]) -> None:
-        """One piece's vector (embedding_dim,), or of token output its vectors (num_tokens, d)."""
-        if self.output == "tokens":
-            start = sum(self.num_tokens[:place])
-            self.vectors[start : start + len(rows)] = rows
-        else:
-            self.vectors[place] = rows
+    def fill(self, places: Sequence[int], rows: NDArray[np.float32]) -> None:
+        """The vectors (k, embedding_dim) of k pieces."""
+        self.missing -= len(places)
+        if len(places) == len(self.tokens):
+            self.vectors = rows
+            return
+        if self.vectors is None:
+            self.vectors = np.empty((len(self.tokens), rows.shape[1]), np.float32)
+        self.vectors[list(places)] = rows
+
+    def fill_states(self, place: int, rows: NDArray[np.generic]) -> None:
+        """The vectors (num_tokens, d) of one piece's tokens, as the result has them."""
+        if self.vectors is None:
+            self.vectors = np.empty((sum(self.num_tokens), rows.shape[1]), rows.dtype)
+        start = sum(self.num_tokens[:place])
+        self.vectors[start : start + len(rows)] = rows
         self.missing -= 1
 
     def mean_vectors(self) -> NDArray[np.float32]:
         """(n, embedding_dim) each text's vector: the mean of its windows'."""
+        assert self.vectors is not None  # whoever asks has seen that it is done
+        if not self.request.options.chunk:
+            return self.vectors
         return mean_of_windows(self.vectors, np.bincount(self.texts, minlength=len(self.num_tokens)).tolist())
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One piece of one job: what a micro-batch is made of."""
-
-    work: Work
-    place: int
-
-    @property
-    def tokens(self) -> TokenizedText:
-        return self.work.tokens[self.place]
-
-    @property
-    def text_index(self) -> int:
-        return self.work.texts[self.place]
+#: One piece of one job, what a micro-batch is made of: the job and the piece's place. Plain, because there is one
+#: for each text.
+Piece = tuple[Work, int]
+#: What the requests of one call came to, each by itself.
+Tokenized = Work | JobFailedError
+Finished = Embeddings | JobFailedError
 
 
 class Engine:
@@ -110,91 +139,181 @@ class Engine:
         # An encoder may have found on its device that less fits than was asked for.
         self.max_batch_tokens = min(max_batch_tokens or encoder.max_batch_tokens, encoder.max_batch_tokens)
         self.worker_name = worker_name
+        #: options that this encoder can serve
+        self._checked: set[EmbedOptions] = set()
+
+    def tokenize_all(self, requests: Sequence[EmbedRequest]) -> list[Tokenized]:
+        """As `tokenize`, of many jobs at once: those with the same options are tokenized in one call."""
+        found: list[Tokenized | None] = [None] * len(requests)
+        for group in _grouped([request.options for request in requests]):
+            of_group = [requests[place] for place in group]
+            for place, tokenized in zip(group, self._tokenize_group(of_group), strict=True):
+                found[place] = tokenized
+        return [tokenized for tokenized in found if tokenized is not None]
 
     def tokenize(self, request: EmbedRequest) -> Work:
         """Raises JobFailedError for what this model cannot do: another model, an unknown prompt, a long text.
 
         What an encoder raises beyond ModelError is its job's failure too, with the code `internal`.
         """
-        self._check_model(request.options.model)
         began_at = time.monotonic()
         try:
-            work = self._make_work(request)
+            [work] = self._make_works([request])
         except JobFailedError:
             raise
         except Exception as err:
             raise _job_failure(err) from err
-        work.began_at = began_at
         work.tokenize_s = time.monotonic() - began_at
         return work
 
-    def _make_work(self, request: EmbedRequest) -> Work:
-        options = request.options
+    def _tokenize_group(self, requests: Sequence[EmbedRequest]) -> Iterator[Tokenized]:
+        """Requests with the same options. Where one of them fails, each is tokenized by itself."""
+        began_at = time.monotonic()
+        try:
+            works = self._make_works(requests)
+        except Exception:
+            for request in requests:
+                try:
+                    yield self.tokenize(request)
+                except JobFailedError as err:
+                    yield err
+            return
+        took_s = (time.monotonic() - began_at) / len(works)
+        for work in works:
+            work.tokenize_s = took_s
+            yield work
+
+    def _make_works(self, requests: Sequence[EmbedRequest]) -> list[Work]:
+        """Requests with the same options."""
+        options = requests[0].options
+        self._check(options)
         prompt = self.encoder.resolve_prompt(options.prompt, options.prompt_name)
         if options.chunk:
-            chunked = self.encoder.tokenize_windows(request.texts, prompt=prompt, overlap=options.chunk_overlap)
-            tokens = [window for text in chunked for window in text.windows]
-            texts: Sequence[int] = [index for index, text in enumerate(chunked) for _ in text.windows]
-            num_tokens = tuple(text.num_tokens for text in chunked)
-        else:
-            tokens = self.encoder.tokenize(
-                request.texts, prompt=prompt, truncate=options.truncate, truncation_side=options.truncation_side
-            )
-            texts = range(len(tokens))
-            num_tokens = tuple(text.num_tokens for text in tokens)
-        vectors = self._room(request, len(tokens), sum(num_tokens))
-        return Work(request, tokens, texts, num_tokens, vectors, missing=len(tokens))
+            return [self._make_chunked_work(request, prompt) for request in requests]
+        texts = [text for request in requests for text in request.texts]
+        tokens = self.encoder.tokenize(
+            texts, prompt=prompt, truncate=options.truncate, truncation_side=options.truncation_side
+        )
+        works: list[Work] = []
+        start = 0
+        for request in requests:
+            end = start + len(request.texts)
+            of_job = tokens[start:end]
+            num_tokens = tuple([text.num_tokens for text in of_job])
+            if options.output == "tokens":
+                self._check_size(num_tokens, options)
+            works.append(Work(request, of_job, range(len(of_job)), num_tokens, missing=len(of_job)))
+            start = end
+        return works
 
-    def _room(self, request: EmbedRequest, num_pieces: int, num_tokens: int) -> NDArray[Any]:
-        """`Work.vectors`. What cannot be finished is found here, on an empty array, before it is encoded."""
-        is_tokens = request.options.output == "tokens"
-        width = self.encoder.token_dim if is_tokens else self.encoder.embedding_dim
-        finished = self._postprocess(np.empty((0, width), np.float32), request)
-        if not is_tokens:
-            return np.empty((num_pieces, width), np.float32)
-        _check_size(num_tokens, finished)
-        return np.empty((num_tokens, finished.shape[1]), finished.dtype)
+    def _make_chunked_work(self, request: EmbedRequest, prompt: str) -> Work:
+        chunked = self.encoder.tokenize_windows(request.texts, prompt=prompt, overlap=request.options.chunk_overlap)
+        windows = [window for text in chunked for window in text.windows]
+        texts = [index for index, text in enumerate(chunked) for _ in text.windows]
+        num_tokens = tuple(text.num_tokens for text in chunked)
+        return Work(request, windows, texts, num_tokens, missing=len(windows))
 
-    def plan(self, works: Sequence[Work]) -> list[list[Piece]]:
-        """Micro-batches over all pieces of these jobs, each of one kind of output; the most urgent first."""
-        pieces = [Piece(work, place) for work in works for place in range(len(work.tokens))]
-        batches: list[list[int]] = []
-        for output in get_args(Output):
-            places = [place for place, piece in enumerate(pieces) if piece.work.output == output]
-            planned = plan([pieces[place].tokens.num_tokens for place in places], self.max_batch_tokens)
-            batches += [[places[index] for index in batch] for batch in planned]
-        return [[pieces[place] for place in batch] for batch in sorted(batches, key=min)]
-
-    def encode(self, batch: Sequence[Piece]) -> None:
-        """Fills the rows of one micro-batch, and marks the jobs whose texts cannot be encoded as failed."""
-        pieces = [piece for piece in batch if piece.work.failure is None]
-        if not pieces:
+    def _check(self, options: EmbedOptions) -> None:
+        """Raises what `finish` would for these options, before anything is encoded; most jobs ask for the same."""
+        if options in self._checked:
             return
+        name = self.encoder.name
+        wanted = options.model
+        if wanted is not None and wanted != name and not name.endswith(f"/{wanted}"):
+            raise JobFailedError(f"the job wants model {wanted}, this worker serves {name}", code="wrong_model")
+        self._finished_nothing(options)
+        if len(self._checked) == MAX_CHECKED_OPTIONS:
+            self._checked.clear()
+        self._checked.add(options)
+
+    def _finished_nothing(self, options: EmbedOptions) -> NDArray[np.generic]:
+        """(0, d) of the result's type."""
+        width = self.encoder.token_dim if options.output == "tokens" else self.encoder.embedding_dim
+        return self._postprocess(np.empty((0, width), np.float32), options)
+
+    def _check_size(self, num_tokens: Sequence[int], options: EmbedOptions) -> None:
+        """Raises JobFailedError for token output that Redis and the caller should be spared."""
+        finished = self._finished_nothing(options)
+        dimensions, dtype, total = finished.shape[1], finished.dtype, sum(num_tokens)
+        size = total * dimensions * dtype.itemsize
+        if size > MAX_TOKEN_OUTPUT_BYTES:
+            raise JobFailedError(
+                f"{total:,} tokens x {dimensions} {dtype} are {size:,} bytes of output; at most"
+                f" {MAX_TOKEN_OUTPUT_BYTES:,} go: put fewer texts in one job, or ask for float16 or fewer dimensions",
+                code="output_too_large",
+            )
+
+    def encode(self, batch: Sequence[Piece]) -> list[Work]:
+        """Encodes one micro-batch, of one kind of output; returns the jobs that are done with it, or failed by it.
+
+        A job's pieces stand together, in their order.
+        """
+        pieces = [piece for piece in batch if piece[0].failure is None]
+        if not pieces:
+            return []
         began_at = time.monotonic()
         self._encode_isolating(pieces)
         took_s = time.monotonic() - began_at
-        num_tokens = sum(piece.tokens.num_tokens for piece in pieces)
-        for piece in pieces:
-            piece.work.busy_s += took_s * piece.tokens.num_tokens / num_tokens
-        for work in dict.fromkeys(piece.work for piece in pieces):
+        num_tokens = sum([work.tokens[place].num_tokens for work, place in pieces])
+        counts = Counter([work for work, _ in pieces])
+        for work, count in counts.items():
             work.encode_s += took_s
+            work.busy_s += took_s * count / len(pieces)
             work.batch_texts = max(work.batch_texts, len(pieces))
             work.batch_tokens = max(work.batch_tokens, num_tokens)
         logger.info(
             "micro-batch: %d texts of %d jobs, %d tokens, %.0f ms",
-            *(len(pieces), len({id(piece.work) for piece in pieces}), num_tokens, took_s * 1000),
+            *(len(pieces), len(counts), num_tokens, took_s * 1000),
         )
+        return [work for work in counts if work.is_done]
 
-    def finish(self, work: Work, queued_s: float = 0.0) -> Embeddings:
-        """The job's result. Raises JobFailedError if one of its texts failed."""
-        if work.failure is not None:
-            raise work.failure
+    def finish_all(self, works: Sequence[Work]) -> list[Finished]:
+        """As `finish`, of many jobs at once: vectors with the same options are finished in one call."""
+        # Token output is finished already, piece by piece.
+        vectors: list[Any] = [work.vectors if work.failure is None else work.failure for work in works]
+        whole = [place for place, work in enumerate(works) if work.failure is None and work.output == "sentence"]
+        for group in _grouped([works[place].request.options for place in whole]):
+            places = [whole[member] for member in group]
+            for place, of_job in zip(places, self._finish_group([works[place] for place in places]), strict=True):
+                vectors[place] = of_job
+        return [
+            self._result(work, of_job) if isinstance(of_job, np.ndarray) else of_job
+            for work, of_job in zip(works, vectors, strict=True)
+        ]
+
+    def _finish_group(self, works: Sequence[Work]) -> Iterator[NDArray[np.generic] | JobFailedError]:
+        """(n, d) of each of these jobs, which have the same options. Where one fails, each is finished by itself."""
+        if len(works) == 1 or len(works) * TEXTS_TO_FINISH_ALONE <= sum([len(work.num_tokens) for work in works]):
+            yield from map(self._finish_one, works)
+            return
         try:
-            vectors = work.vectors
-            if work.output == "sentence":
-                vectors = self._postprocess(work.mean_vectors(), work.request)
+            together = np.concatenate([work.mean_vectors() for work in works])
+            finished = self._postprocess(together, works[0].request.options)
+        except Exception:
+            yield from map(self._finish_one, works)
+            return
+        start = 0
+        for work in works:
+            end = start + len(work.num_tokens)
+            yield finished[start:end]
+            start = end
+
+    def _finish_one(self, work: Work) -> NDArray[np.generic] | JobFailedError:
+        try:
+            return self._postprocess(work.mean_vectors(), work.request.options)
         except Exception as err:
-            raise _job_failure(err) from err
+            return _job_failure(err)
+
+    def finish(self, work: Work) -> Embeddings:
+        """The job's result. Raises JobFailedError if one of its texts failed."""
+        [finished] = self.finish_all([work])
+        if isinstance(finished, JobFailedError):
+            raise finished
+        return finished
+
+    def _result(self, work: Work, vectors: NDArray[np.generic]) -> Embeddings:
+        queued_s = work.queued_s
+        options = work.request.options
         return Embeddings(
             vectors=vectors,
             num_tokens=work.num_tokens,
@@ -203,31 +322,27 @@ class Engine:
             revision=self.encoder.revision,
             worker=self.worker_name,
             timings=Timings(
-                queued_s=queued_s,
-                tokenize_s=work.tokenize_s,
-                encode_s=work.encode_s,
-                total_s=queued_s + time.monotonic() - work.began_at,
+                queued_s=_rounded(queued_s),
+                tokenize_s=_rounded(work.tokenize_s),
+                encode_s=_rounded(work.encode_s),
+                total_s=_rounded(queued_s + time.monotonic() - work.began_at),
                 batch_texts=work.batch_texts,
                 batch_tokens=work.batch_tokens,
             ),
-            output=work.output,
-            calibration=self.encoder.calibration_digest if work.request.options.precision in CALIBRATED else "",
+            output=options.output,
+            calibration=self.encoder.calibration_digest if options.precision in CALIBRATED else "",
         )
 
     def run(self, request: EmbedRequest) -> Embeddings:
         """One request from end to end. Raises JobFailedError."""
         work = self.tokenize(request)
-        for batch in self.plan([work]):
-            self.encode(batch)
+        ready = ReadyTexts(self.max_batch_tokens)
+        ready.add([work.ready()])
+        while ready and work.failure is None:
+            self.encode(ready.take())
         return self.finish(work)
 
-    def _check_model(self, wanted: str | None) -> None:
-        name = self.encoder.name
-        if wanted is not None and wanted != name and not name.endswith(f"/{wanted}"):
-            raise JobFailedError(f"the job wants model {wanted}, this worker serves {name}", code="wrong_model")
-
-    def _postprocess(self, vectors: NDArray[np.float32], request: EmbedRequest) -> NDArray[np.generic]:
-        options = request.options
+    def _postprocess(self, vectors: NDArray[np.float32], options: EmbedOptions) -> NDArray[np.generic]:
         postprocess = postprocess_states if options.output == "tokens" else self.encoder.postprocess
         return postprocess(
             vectors, normalize=options.normalize, dimensions=options.dimensions, precision=options.precision
@@ -236,46 +351,66 @@ class Engine:
     def _encode_isolating(self, pieces: Sequence[Piece]) -> None:
         """A batch that raises is halved until the guilty text stands alone."""
         try:
-            rows, finite = self._encode(pieces)
+            self._encode(pieces)
         except Exception as err:
             if len(pieces) == 1:
-                pieces[0].work.failure = _encode_failure(err, pieces[0].text_index)
+                work, place = pieces[0]
+                work.failure = _encode_failure(err, work.texts[place])
                 return
             logger.warning("a micro-batch of %d texts failed (%s); trying its halves", len(pieces), type(err).__name__)
             middle = len(pieces) // 2
             self._encode_isolating(pieces[:middle])
             self._encode_isolating(pieces[middle:])
+
+    def _encode(self, pieces: Sequence[Piece]) -> None:
+        """Fills the jobs' rows. A job with a vector that is not finite fails."""
+        tokens = [work.tokens[place] for work, place in pieces]
+        if pieces[0][0].output == "tokens":
+            for (work, place), states in zip(pieces, self.encoder.encode_states(tokens), strict=True):
+                finished = self._postprocess(states, work.request.options)
+                if np.isfinite(finished).all():
+                    work.fill_states(place, finished)
+                else:
+                    _fail_not_finite(work, place)
             return
-        for piece, row, is_finite in zip(pieces, rows, finite, strict=True):
-            if is_finite:
-                piece.work.fill(piece.place, row)
+        vectors = self.encoder.encode_tokens(tokens)
+        finite = _finite_rows(vectors)
+        start = 0
+        for work, run in itertools.groupby(pieces, key=itemgetter(0)):
+            places = [place for _, place in run]
+            end = start + len(places)
+            if finite is not None and not finite[start:end].all():
+                _fail_not_finite(work, places[int(np.argmin(finite[start:end]))])
             else:
-                index = piece.text_index
-                message = f"text {index}: the model's output is not finite"
-                piece.work.failure = JobFailedError(message, code="non_finite", text_index=index)
-
-    def _encode(self, pieces: Sequence[Piece]) -> tuple[Iterable[NDArray[np.generic]], list[bool]]:
-        """What each piece is filled with, and whether all of it is finite."""
-        tokens = [piece.tokens for piece in pieces]
-        if pieces[0].work.output == "sentence":
-            vectors = self.encoder.encode_tokens(tokens)
-            return vectors, [bool(finite) for finite in np.atleast_1d(np.isfinite(vectors).all(axis=1))]
-        states = self.encoder.encode_states(tokens)
-        requests = (piece.work.request for piece in pieces)
-        finished = [self._postprocess(part, request) for part, request in zip(states, requests, strict=True)]
-        return finished, [bool(np.isfinite(part).all()) for part in finished]
+                work.fill(places, vectors[start:end])
+            start = end
 
 
-def _check_size(num_tokens: int, finished: NDArray[np.generic]) -> None:
-    """Raises JobFailedError for token output that Redis and the caller should be spared."""
-    dimensions, dtype = finished.shape[1], finished.dtype
-    size = num_tokens * dimensions * dtype.itemsize
-    if size > MAX_TOKEN_OUTPUT_BYTES:
-        raise JobFailedError(
-            f"{num_tokens:,} tokens x {dimensions} {dtype} are {size:,} bytes of output; at most"
-            f" {MAX_TOKEN_OUTPUT_BYTES:,} go: put fewer texts in one job, or ask for float16 or fewer dimensions",
-            code="output_too_large",
-        )
+def _grouped(options: Sequence[EmbedOptions]) -> Iterator[list[int]]:
+    """The places of equal options."""
+    groups: dict[EmbedOptions, list[int]] = {}
+    for place, option in enumerate(options):
+        groups.setdefault(option, []).append(place)
+    return iter(groups.values())
+
+
+def _rounded(seconds: float) -> float:
+    """To hundredths of milliseconds: a clock's further digits would only be bytes in every result."""
+    return round(seconds, 5)
+
+
+def _finite_rows(vectors: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+    """(n,) which rows are finite; None where all are, which one sum shows unless it overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(vectors.sum()):
+            return None
+    return np.asarray(np.isfinite(vectors).all(axis=1))
+
+
+def _fail_not_finite(work: Work, place: int) -> None:
+    index = work.texts[place]
+    message = f"text {index}: the model's output is not finite"
+    work.failure = JobFailedError(message, code="non_finite", text_index=index)
 
 
 def _job_failure(err: Exception) -> JobFailedError:

@@ -21,6 +21,8 @@ logger = logging.getLogger("embedq.worker")
 RENEWALS = 4
 #: Seconds between two looks for abandoned jobs, at most.
 RECOVER_EVERY_S = 10.0
+#: Seconds between two ticks, for what somebody else wants done on this thread.
+TICK_EVERY_S = 1.0
 
 
 class LeaseKeeper:
@@ -34,12 +36,14 @@ class LeaseKeeper:
         *,
         on_abandoned: Callable[[str, list[str]], None],
         on_forgotten: Callable[[], None],
+        on_tick: Callable[[], object] = lambda: None,
     ) -> None:
         self._store = store
         self._queues = list(queues)
         self._worker_ttl_s = worker_ttl_s
         self._on_abandoned = on_abandoned
         self._on_forgotten = on_forgotten
+        self._on_tick = on_tick
         self._held: dict[str, Claim] = {}
         self._lost: set[str] = set()
         self._lock = threading.Lock()
@@ -77,7 +81,7 @@ class LeaseKeeper:
     def _run(self) -> None:
         every_s = self._store.lease_s / RENEWALS
         recover_every_s = min(RECOVER_EVERY_S, every_s)
-        next_renewal = next_recovery = time.monotonic()
+        next_renewal = next_recovery = next_tick = time.monotonic()
         failing = False
         while not self._stop.is_set():
             now = time.monotonic()
@@ -88,6 +92,9 @@ class LeaseKeeper:
                 if now >= next_recovery:
                     self.recover()
                     next_recovery = now + recover_every_s
+                if now >= next_tick:
+                    next_tick = now + TICK_EVERY_S
+                    self._on_tick()
                 failing = False
             except Exception as err:
                 # Whatever it was: without this thread the worker would go on with leases that run out. Tried again
@@ -98,15 +105,19 @@ class LeaseKeeper:
                     logger.log(logging.DEBUG if failing else logging.WARNING, "leases could not be renewed: %s", err)
                 failing = True
                 next_renewal = next_recovery = now + every_s / RENEWALS
-            self._stop.wait(max(0.05, min(next_renewal, next_recovery) - time.monotonic()))
+            self._stop.wait(max(0.05, min(next_renewal, next_recovery, next_tick) - time.monotonic()))
 
-    def renew(self) -> None:
-        """One round: extends what is held and learns what is lost."""
-        renewed = self._store.renew(self.held(), self._worker_ttl_s)
+    def renew(self, claims: Sequence[Claim] | None = None) -> None:
+        """One round: extends what is held, or only some of it, and learns what is lost."""
+        renewed = self._store.renew(self.held() if claims is None else claims, self._worker_ttl_s)
         if not renewed.is_known:
             self._on_forgotten()
+        self.lose(renewed.lost)
+
+    def lose(self, claims: Iterable[Claim]) -> None:
+        """Marks as lost those of the claims that are held."""
         with self._lock:
-            still_lost = [claim for claim in renewed.lost if claim.execution_id in self._held]
+            still_lost = [claim for claim in claims if claim.execution_id in self._held]
             self._lost.update(claim.execution_id for claim in still_lost)
         for claim in still_lost:
             logger.debug("job %s is not this worker's any more", claim.job_id)

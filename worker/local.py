@@ -76,6 +76,9 @@ class WorkerProcess:
             value, flag = getattr(self._settings, setting.name), setting.name.replace("_", "-")
             if isinstance(value, bool):
                 command.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, tuple):
+                for item in value:
+                    command += [f"--{flag.removesuffix('s')}", item]
             elif value is not None:
                 command += [f"--{flag}", str(value)]
         return [*command, "--", self._queue]

@@ -1,54 +1,55 @@
 -- Takes back the jobs of one queue whose lease has run out: another attempt while retries are left, else failed.
--- Jobs with a failure callback or webhooks are left to RQ's own clean-up: nothing that a job names is run here.
 --
 -- KEYS[1]  the queue's started registry
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  the queue's name
--- ARGV[3]  now, as RQ writes a time
--- ARGV[4]  seconds to keep a failure where the job doesn't say
--- ARGV[5]  base64 of the compressed reason
--- ARGV[6]  at most so many in one call
+-- ARGV[3]  seconds to keep a failure where the job doesn't say
+-- ARGV[4]  base64 of the compressed reason
+-- ARGV[5]  at most so many in one call
 --
--- Returns {number tried again, number failed, ids of those after which RQ has something to do...}.
+-- Returns {number tried again, number failed, ids of those after which something is still to be done...}.
 
-local prefix, queue, now, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[6])
+local prefix, queue, now, limit = ARGV[1], ARGV[2], timestamp(), tonumber(ARGV[5])
+local cutoff = clock()
 local replies, left_alone, taken = {0, 0}, 0, 0
 
-local function is_set(field)
-  return field and field ~= ''
+local function tell_sequel(id)
+  note_sequel(prefix, queue, id)
+  replies[#replies + 1] = id
+end
+
+local function fail(id, job, worker)
+  local ttl = kept_for(job, seconds(job.failure_ttl, tonumber(ARGV[3])))
+  if ttl == 0 then
+    delete_job(prefix, id)
+    return
+  end
+  append_result(prefix .. ':results:' .. id, {'type', 2, 'worker_name', worker, 'exc_string', ARGV[4]})
+  close_job(prefix, id, job, 'failed', ttl, now)
+  redis.call('ZADD', prefix .. ':failed:' .. queue, leaves_at(ttl, cutoff), id)
 end
 
 local function recover(id, execution)
-  local key = prefix .. ':job:' .. id
-  local fields = redis.pcall('HMGET', key, 'status', 'failure_callback_name', 'webhooks', 'failure_ttl')
-  if fields.err then
-    fields = {}
-  end
-  if fields[1] == 'started' and (is_set(fields[2]) or is_set(fields[3])) then
-    return false
-  end
+  local job = job_after(prefix, id, has_dependents(prefix, id))
   local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
-  if fields[1] == 'started' then
+  if job.status == 'started' then
     local again = try_again(prefix, queue, id)
     if again then
       replies[1] = replies[1] + 1
-      if again == 'scheduled' and has_rate_limit(prefix, id) then
-        replies[#replies + 1] = id
+      if again == 'scheduled' and job.has_rate_limit then
+        tell_sequel(id)
       end
     else
-      local entry = {'type', 2, 'worker_name', worker, 'exc_string', ARGV[5]}
-      close_job(prefix, queue, id, 'failed', seconds(fields[4], tonumber(ARGV[4])), now, entry)
+      fail(id, job, worker)
       replies[2] = replies[2] + 1
-      if has_sequel(prefix, id) then
-        replies[#replies + 1] = id
+      if job.has_sequel then
+        tell_sequel(id)
       end
     end
   end
   end_execution(prefix, queue, id, execution, worker)
-  return true
 end
 
-local cutoff = clock()
 while taken < limit do
   local pairs_here = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', cutoff, 'LIMIT', left_alone, 100)
   if #pairs_here == 0 then
@@ -56,7 +57,8 @@ while taken < limit do
   end
   for _, pair in ipairs(pairs_here) do
     local id, execution = string.match(pair, '^([^:]*):(.*)$')
-    if id and recover(id, execution) then
+    if id then
+      recover(id, execution)
       taken = taken + 1
     else
       left_alone = left_alone + 1

@@ -4,18 +4,17 @@
 -- KEYS[2]  the set of the worker's executions
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  the worker's name
--- ARGV[3]  now, as RQ writes a time
--- ARGV[4]  the lease, in seconds
--- ARGV[5]  seconds until the worker counts as dead
+-- ARGV[3]  the lease, in seconds
+-- ARGV[4]  seconds until the worker counts as dead
 -- then     queue name, job id, execution id for each job
 --
 -- Returns {whether Redis knows the worker 0|1, then the places (1, 2, ...) of the jobs that it no longer holds}.
 
-local prefix, worker, now, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local prefix, worker, now, lease = ARGV[1], ARGV[2], timestamp(), tonumber(ARGV[3])
 local ends, keep = clock() + lease, math.ceil(lease) + 3600
 -- Not EXISTS: a state or heartbeat written since would count as a hash.
 local replies = {redis.call('HEXISTS', KEYS[1], 'birth')}
-for i = 6, #ARGV, 3 do
+for i = 5, #ARGV, 3 do
   local queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if holds(prefix, queue, id, execution) then
     redis.call('ZADD', wip_key(prefix, queue), 'XX', ends, id .. ':' .. execution)
@@ -27,12 +26,12 @@ for i = 6, #ARGV, 3 do
     redis.call('HSET', prefix .. ':job:' .. id, 'last_heartbeat', now)
   else
     end_execution(prefix, queue, id, execution, worker)
-    replies[#replies + 1] = (i - 3) / 3
+    replies[#replies + 1] = (i - 2) / 3
   end
 end
 redis.call('EXPIRE', KEYS[2], keep)
 if replies[1] == 1 then
   redis.call('HSET', KEYS[1], 'last_heartbeat', now)
-  redis.call('EXPIRE', KEYS[1], ARGV[5])
+  redis.call('EXPIRE', KEYS[1], ARGV[4])
 end
 return replies

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 from embedq.producer.errors import ConfigurationError
 
 LogFormat = Literal["text", "json"]
+#: RQ's: the first queue before the others, each in turn, or at random.
+DequeueStrategyName = Literal["default", "round_robin", "random"]
 DEFAULT_MODEL = "all-mpnet-base-v2"
 #: What every setting's environment variable begins with: EMBEDQ_LEASE_S for `lease_s`.
 ENVIRONMENT_PREFIX = "EMBEDQ_"
@@ -42,6 +44,14 @@ class WorkerSettings:
     grace_s: float = 25.0
     #: jobs of one claim, however small they are
     max_claim_jobs: int = 1024
+    #: dotted names of the functions that jobs may name as RQ callbacks; no others are called or imported
+    allow_callbacks: tuple[str, ...] = ()
+    #: micro-batches' worth of tokens that are claimed ahead
+    prefetch_batches: int = 4
+    #: milliseconds for which a micro-batch that is not full waits for more texts
+    linger_ms: float = 0.0
+    #: milliseconds from enqueueing to the end of encoding for which micro-batches are cut smaller; None: never
+    max_latency_ms: float | None = None
     log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
@@ -51,10 +61,21 @@ class WorkerSettings:
             raise ConfigurationError(f"max_batch_tokens must be 1 or more, not {self.max_batch_tokens}")
         if self.max_claim_jobs < 1:
             raise ConfigurationError(f"max_claim_jobs must be 1 or more, not {self.max_claim_jobs}")
+        if not 2 <= self.prefetch_batches <= 1000:
+            raise ConfigurationError(f"prefetch_batches must be 2 to 1000, not {self.prefetch_batches}")
+        if not 0 <= self.linger_ms <= 60_000:
+            raise ConfigurationError(f"linger_ms must be 0 to 60000 milliseconds, not {self.linger_ms:g}")
+        if self.max_latency_ms is not None and not 0 < self.max_latency_ms <= 3_600_000:
+            raise ConfigurationError(
+                f"max_latency_ms must be above 0 and at most 3600000 milliseconds, not {self.max_latency_ms:g}"
+            )
         if not 1 <= self.lease_s <= 86_400:
             raise ConfigurationError(f"lease_s must be 1 to 86400 seconds, not {self.lease_s:g}")
         if not 0 <= self.grace_s <= 86_400:
             raise ConfigurationError(f"grace_s must be 0 to 86400 seconds, not {self.grace_s:g}")
+        for name in self.allow_callbacks:
+            if "." not in name or not all(part.isidentifier() for part in name.split(".")):
+                raise ConfigurationError(f"allow_callbacks must be dotted names such as app.hooks.done, not {name!r}")
         if self.log_format not in get_args(LogFormat):
             raise ConfigurationError(f"log_format must be text or json, not {self.log_format!r}")
 
@@ -87,6 +108,17 @@ def _read_switch(text: str) -> bool:
     raise ValueError(text)
 
 
-_NUMBERS: dict[str, Any] = {"max_batch_tokens": int, "max_claim_jobs": int, "lease_s": float, "grace_s": float}
+def _read_names(text: str) -> tuple[str, ...]:
+    """Comma-separated."""
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
+_NUMBERS: dict[str, Any] = {
+    **dict.fromkeys(("max_batch_tokens", "max_claim_jobs", "prefetch_batches"), int),
+    **dict.fromkeys(("lease_s", "grace_s", "linger_ms", "max_latency_ms"), float),
+}
 _SWITCHES: dict[str, Any] = {"warm_up": _read_switch, "allow_tf32": _read_switch}
-_READERS: dict[str, Any] = {field.name: (_NUMBERS | _SWITCHES).get(field.name, str) for field in fields(WorkerSettings)}
+_NAMES: dict[str, Any] = {"allow_callbacks": _read_names}
+_READERS: dict[str, Any] = {
+    field.name: (_NUMBERS | _SWITCHES | _NAMES).get(field.name, str) for field in fields(WorkerSettings)
+}

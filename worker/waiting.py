@@ -31,10 +31,10 @@ class QueueWaiter:
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
 
-    def wait(self, timeout_s: float) -> None:
-        """Returns when a queue may have a job, on `wake`, or after the timeout. Raises redis-py's errors."""
+    def wait(self, timeout_s: float) -> bool:
+        """True once a queue may have a job; false on `wake` and after the timeout. Raises redis-py's errors."""
         try:
-            self._wait(timeout_s)
+            return self._wait(timeout_s)
         except BaseException:
             # Whatever the connections were in the middle of, they are not used again.
             self._disconnect()
@@ -54,7 +54,7 @@ class QueueWaiter:
         os.close(reader)
         os.close(writer)
 
-    def _wait(self, timeout_s: float) -> None:
+    def _wait(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
         while True:
             for key in self._queue_keys:
@@ -69,11 +69,11 @@ class QueueWaiter:
                 poll.register(descriptor, select.POLLIN)
             readable = [descriptor for descriptor, _ in poll.poll(left_s * 1000)]
             if not readable:
-                return
+                return False
             found = [self._receive(sockets[descriptor]) for descriptor in readable if descriptor in sockets]
             if any(found) or self._wake_reader in readable:
                 self._drain()
-                return
+                return any(found)
 
     def _send(self, key: str) -> Any:
         connection = self._pool.get_connection()

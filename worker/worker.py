@@ -1,52 +1,62 @@
 """The worker: claims jobs, encodes their texts in shared micro-batches, publishes the results.
 
 An RQ worker to everyone else (`rq info`, `rq worker --worker-class`, suspend, shutdown commands); only its loop is
-ours. Knows the order of the steps and the signals; Redis is in `claims`, tensors are behind `engine`.
+ours. It claims on the main thread; the other stages have threads of their own in `pipeline`. Knows when to claim and
+the signals; Redis is in `claims`, tensors are behind `engine`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import signal
+import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import redis
 from rq import worker_registration
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
-from rq.exceptions import NoSuchJobError, StopRequested
-from rq.job import Job
+from rq.exceptions import StopRequested
 from rq.logutils import setup_loghandlers
-from rq.rate_limit import RateLimitRegistry, release_slot
+from rq.rate_limit import RateLimitRegistry
 from rq.utils import now
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
-from embedq.producer import wire
 from embedq.producer.connection import is_passing
-from embedq.producer.errors import ConfigurationError, JobFailedError, WireError
+from embedq.producer.errors import ConfigurationError
 from embedq.producer.serializer import EmbedSerializer
-from embedq.producer.status import JobStatus
-from embedq.worker.claims import Claim, ClaimStore, Outcome
+from embedq.worker.callbacks import CallbackThread
+from embedq.worker.claims import Claimed, ClaimStore
+from embedq.worker.commands import CommandHandler, survive
 from embedq.worker.encoders import load_encoder
-from embedq.worker.engine import Engine, Work
+from embedq.worker.engine import Engine
+from embedq.worker.estimates import ClaimBudget
+from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
-from embedq.worker.planning import ClaimBudget
+from embedq.worker.memory import keep_freed_memory
+from embedq.worker.pipeline import Bounds, Pipeline
+from embedq.worker.planning import QueueTurns
+from embedq.worker.promotion import Promoter
+from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
+from embedq.worker.stages import WorkerStages
 from embedq.worker.waiting import QueueWaiter
 
 logger = logging.getLogger("embedq.worker")
 
-T = TypeVar("T")
-
 #: Seconds an idle worker sleeps at most before it looks after its registries and at `rq suspend`.
 IDLE_S = 15.0
+#: Seconds without a job after which a worker says that it is idle.
+IDLE_AFTER_S = 0.25
+#: Of the time that a full micro-batch takes, the share for which jobs gather while the device is busy.
+GATHER_SHARE = 1 / 8
+#: Seconds for which one thread may keep the others from running Python. The device's needs it after every operator,
+#: and must not wait for Python's default, 5 ms, each time that another is at work.
+SWITCH_INTERVAL_S = 0.0005
 #: Seconds between attempts to reach a Redis that cannot serve: the first, and the longest.
 RECONNECT_FIRST_S, RECONNECT_LONGEST_S = 0.5, 10.0
 #: Two signals within so many seconds are one: Ctrl-C reaches a process group twice.
@@ -55,14 +65,6 @@ SAME_SIGNAL_S = 1.0
 LAST_WORDS_S = 2.0
 #: Exit status after a grace that was too short.
 EXIT_GRACE_OVER = 3
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ActiveJob:
-    """A claimed job whose texts are tokenized."""
-
-    claim: Claim
-    work: Work
 
 
 class EmbedWorker(SimpleWorker):
@@ -78,7 +80,14 @@ class EmbedWorker(SimpleWorker):
     budget: ClaimBudget
     store: ClaimStore
     leases: LeaseKeeper
+    callbacks: CallbackThread
+    sequels: Sequels
+    promoter: Promoter
+    commands: CommandHandler
     waiter: QueueWaiter
+    turns: QueueTurns
+    stages: WorkerStages
+    pipeline: Pipeline
 
     def __init__(self, queues: Any, *args: Any, settings: WorkerSettings | None = None, **kwargs: Any) -> None:
         kwargs["serializer"] = EmbedSerializer
@@ -113,6 +122,7 @@ class EmbedWorker(SimpleWorker):
                 on_exit.callback(self._stop_scheduler)
             self._prepare()
             on_exit.callback(self.waiter.close)
+            self.callbacks.start()
             if not logging.getLogger("embedq").hasHandlers():
                 # `rq worker` sets up RQ's loggers alone.
                 setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
@@ -121,20 +131,49 @@ class EmbedWorker(SimpleWorker):
             on_exit.callback(self._leave)
             self._register(logging_level, date_format, log_format)
             self.leases.start()
+            on_exit.callback(sys.setswitchinterval, sys.getswitchinterval())
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
             return self._work(burst, max_jobs, max_idle_time) > 0
 
     def _prepare(self) -> None:
-        self.engine = Engine(load_encoder(self.settings), self.settings.max_batch_tokens, self.name)
+        keep_freed_memory()
+        settings = self.settings
+        self.callbacks = CallbackThread(settings.allow_callbacks)
+        self.engine = Engine(load_encoder(settings), settings.max_batch_tokens, self.name)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
-        self.store = ClaimStore(self.connection, self.name, self.settings.lease_s)
+        self.store = ClaimStore(self.connection, self.name, settings.lease_s)
+        self.sequels = Sequels(self.connection, self.queue_names(), self.callbacks, self._exc_handlers)
+        self.promoter = Promoter(self.connection, self.queue_names())
         self.leases = LeaseKeeper(
             self.store,
             self.queue_names(),
             self.worker_ttl + 60,
-            on_abandoned=self._do_sequels,
+            on_abandoned=self.sequels.follow_all,
             on_forgotten=self._register_again,
+            on_tick=self._tick,
+        )
+        interruptions = Interruptions(self.connection, self.name, self.leases, self.sequels)
+        self.commands = CommandHandler(
+            on_shutdown=lambda: os.kill(os.getpid(), signal.SIGINT),
+            on_stop=interruptions.stop,
+            on_cancel=interruptions.cancel,
         )
         self.waiter = QueueWaiter(self.connection, self.queue_keys())
+        self.turns = QueueTurns()
+        # Where the queues take turns, none is more urgent than another.
+        ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
+        self.stages = WorkerStages(self.engine, self.store, self.leases, self.budget, ranked, self.sequels)
+        self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self._end_claiming)
+
+    def _bounds(self) -> Bounds:
+        settings = self.settings
+        return Bounds(
+            max_batch_tokens=self.engine.max_batch_tokens,
+            prefetch_tokens=settings.prefetch_batches * self.engine.max_batch_tokens,
+            prefetch_jobs=settings.prefetch_batches * settings.max_claim_jobs,
+            linger_s=settings.linger_ms / 1000,
+            max_latency_s=None if settings.max_latency_ms is None else settings.max_latency_ms / 1000,
+        )
 
     @contextlib.contextmanager
     def _own_signals(self) -> Iterator[None]:
@@ -164,6 +203,7 @@ class EmbedWorker(SimpleWorker):
         try:
             self._release_held()
             self.leases.stop()
+            self.callbacks.close(self._grace_left())
             if self.birth_date is not None:
                 self.teardown()
         except redis.RedisError as err:
@@ -178,21 +218,39 @@ class EmbedWorker(SimpleWorker):
             self.stop_scheduler()
 
     def _work(self, burst: bool, max_jobs: int | None, max_idle_s: float | None) -> int:
-        """The loop; returns the number of jobs done."""
-        done = 0
-        idle_since = time.monotonic()
+        """Claims until told to stop, while the pipeline's threads do the rest; returns the number of jobs done."""
+        self.pipeline.start()
+        try:
+            self._feed(burst, max_jobs, max_idle_s)
+        except Exception:
+            self.pipeline.stop()
+            raise
+        except BaseException:
+            # A second signal waits for nothing.
+            self.pipeline.ask_to_stop()
+            raise
+        self.pipeline.stop()
+        self.pipeline.check()
+        done = self._count_done()
+        logger.info("worker %s: %d jobs done, stopping", self.name, done)
+        self._tell_times()
+        return done
+
+    def _feed(self, burst: bool, max_jobs: int | None, max_idle_s: float | None) -> None:
+        """The claiming loop."""
+        claimed = 0
         reconnect_s = RECONNECT_FIRST_S
-        while not self._stop_requested and (max_jobs is None or done < max_jobs):
+        while not self._stop_requested and (max_jobs is None or claimed < max_jobs):
             try:
-                self._look_after_queues(burst)
-                left = self.settings.max_claim_jobs if max_jobs is None else max_jobs - done
-                if jobs_done := self.step(left):
-                    done += jobs_done
-                    idle_since = time.monotonic()
-                elif burst or (max_idle_s is not None and time.monotonic() - idle_since >= max_idle_s):
+                self._look_after_queues()
+                if not self.pipeline.wait_for_room(IDLE_S):
+                    continue
+                found = self._claim(None if max_jobs is None else max_jobs - claimed)
+                claimed += len(found.claims)
+                if found.state == "suspended":
+                    self.check_for_suspension(burst)
+                elif found.state == "empty" and not self._await_jobs(burst, max_idle_s):
                     break
-                else:
-                    self._idle(IDLE_S if max_idle_s is None else min(IDLE_S, max_idle_s))
                 reconnect_s = RECONNECT_FIRST_S
             except StopRequested:
                 break
@@ -200,120 +258,64 @@ class EmbedWorker(SimpleWorker):
                 if not is_passing(err):
                     raise
                 logger.warning("Redis cannot serve (%s); trying again in %.1f s", err, reconnect_s)
-                # A claim kept here would be renewed and never worked on.
-                self._release_held()
                 self._sleep(reconnect_s)
                 reconnect_s = min(2 * reconnect_s, RECONNECT_LONGEST_S)
-        logger.info("worker %s: %d jobs done, stopping", self.name, done)
-        return done
+        while not self._stop_requested and not self.pipeline.wait_until_empty(IDLE_S):
+            pass
 
-    def step(self, max_jobs: int) -> int:
-        """Claim, tokenize, plan, encode, publish; returns the number of jobs claimed.
-
-        Told to stop, it leaves off after the micro-batch on the device; what is left is given back by `_leave`.
-        """
-        claims = self._claim(max_jobs)
-        jobs = self._tokenize(claims)
-        for batch in self.engine.plan([job.work for job in jobs]):
-            if self._stop_requested:
-                break
-            jobs = self._drop_lost(jobs)
-            self.engine.encode(batch)
-            jobs = self._publish_done(jobs)
-        return len(claims)
-
-    # --- the stages
-
-    def _claim(self, max_jobs: int) -> list[Claim]:
-        queues = [queue.name for queue in self._ordered_queues]
-        claimed = self.store.claim(queues, min(max_jobs, self.settings.max_claim_jobs), self.budget.max_bytes)
-        if claimed.suspended:
-            self.check_for_suspension(burst=False)
-        if claimed.claims:
+    def _claim(self, max_jobs: int | None) -> Claimed:
+        limit = min(self.settings.max_claim_jobs, self.pipeline.room_jobs())
+        names = [queue.name for queue in self._ordered_queues]
+        if self._dequeue_strategy == DequeueStrategy.DEFAULT:
+            names = self.turns.order(names)
+        found = self.store.claim(names, limit if max_jobs is None else min(limit, max_jobs), self.budget.max_bytes)
+        if found.claims:
             self._state = WorkerStatus.BUSY.value  # as claim.lua told Redis
-            self.leases.hold(claimed.claims)
-            self.reorder_queues(next(q for q in self.queues if q.name == claimed.claims[0].queue))
-        return claimed.claims
+            self.leases.hold(found.claims)
+            self.pipeline.put(found.claims, self.budget.tokens(sum([len(claim.data) for claim in found.claims])))
+            self.reorder_queues(next(queue for queue in self.queues if queue.name == found.claims[0].queue))
+        self.pipeline.queue_is_empty(found.state != "more")
+        return found
 
-    def _tokenize(self, claims: Sequence[Claim]) -> list[ActiveJob]:
-        """What cannot be read or done fails here, each job alone."""
-        jobs: list[ActiveJob] = []
-        failed: list[Outcome] = []
-        for claim in claims:
-            try:
-                jobs.append(ActiveJob(claim, self.engine.tokenize(wire.decode_request(claim.data))))
-            except WireError as err:
-                failed.append(Outcome.failed(claim, JobFailedError(str(err), code=err.code)))
-            except JobFailedError as err:
-                failed.append(Outcome.failed(claim, err))
-        self._publish(failed)
-        self.budget.learn(
-            sum(len(job.claim.data) for job in jobs),
-            sum(text.num_tokens for job in jobs for text in job.work.tokens),
+    def _await_jobs(self, burst: bool, max_idle_s: float | None) -> bool:
+        """With the queues empty: waits for a job, or for the time to look after the queues. False to end.
+
+        In burst mode it waits for the pipeline: jobs that fail there may come back.
+        """
+        if burst:
+            return self.pipeline.num_jobs > 0 and (self.pipeline.wait_until_empty(IDLE_S) or True)
+        idle_since = time.monotonic()
+        while not self._stop_requested:
+            says_idle = self.get_state() == WorkerStatus.IDLE
+            if self.waiter.wait(min(IDLE_S, max_idle_s or IDLE_S) if says_idle else IDLE_AFTER_S):
+                # What comes now can only wait for the device: let there be more of it in one claim.
+                self.pipeline.wait_while_encoding(GATHER_SHARE)
+                return True
+            self.pipeline.check()
+            idle_s = time.monotonic() - idle_since
+            if self.pipeline.num_jobs:
+                idle_since = time.monotonic()
+            elif max_idle_s is not None and idle_s >= max_idle_s:
+                return False
+            elif not says_idle and idle_s >= IDLE_AFTER_S:
+                self.set_state(WorkerStatus.IDLE)
+            elif idle_s >= IDLE_S:
+                return True
+        return True
+
+    def _count_done(self) -> int:
+        self.successful_job_count, self.failed_job_count = self.stages.num_finished, self.stages.num_failed
+        return self.stages.num_finished + self.stages.num_failed
+
+    def _tell_times(self) -> None:
+        device = self.pipeline.device_time
+        cpu_s = {"claim": time.thread_time(), **self.pipeline.cpu_s}
+        logger.info(
+            "device: encoding %.1f s, starved %.1f s (%.1f %% of the time with work), idle %.1f s; CPU: %s",
+            *(device.seconds["encoding"], device.seconds["starved"], 100 * device.starved_share),
+            device.seconds["idle"],
+            ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in cpu_s.items()),
         )
-        return jobs
-
-    def _publish_done(self, jobs: Iterable[ActiveJob]) -> list[ActiveJob]:
-        """Publishes the jobs whose last text is encoded; returns the others."""
-        waiting: list[ActiveJob] = []
-        outcomes: list[Outcome] = []
-        for job in jobs:
-            if job.work.is_done:
-                outcomes.append(self._outcome(job))
-            else:
-                waiting.append(job)
-        self._publish(outcomes)
-        return waiting
-
-    def _outcome(self, job: ActiveJob) -> Outcome:
-        try:
-            result = self.engine.finish(job.work, job.claim.queued_s)
-        except JobFailedError as err:
-            return Outcome.failed(job.claim, err)
-        return Outcome.finished(job.claim, wire.encode_result(result), job.work.busy_s)
-
-    def _publish(self, outcomes: Sequence[Outcome]) -> None:
-        """Sent until Redis has it or the leases are over: what was computed is not lost to a short outage."""
-        if not outcomes:
-            return
-        self._tell_failures([outcome for outcome in outcomes if outcome.kind != "finished"])
-        with_sequel = self._until_served(lambda: self.store.publish(outcomes), f"results of {len(outcomes)} jobs")
-        self.leases.drop(outcome.claim for outcome in outcomes)
-        self.successful_job_count += sum(outcome.kind == "finished" for outcome in outcomes)
-        for outcome in with_sequel:
-            claim = outcome.claim
-            self._until_served(functools.partial(self._do_sequels, claim.queue, [claim.job_id]), "what follows a job")
-
-    def _until_served(self, action: Callable[[], T], what: str) -> T:
-        """Calls until Redis serves, for the time of a lease; then raises redis-py's error."""
-        give_up_at = time.monotonic() + self.settings.lease_s
-        while True:
-            try:
-                return action()
-            except redis.RedisError as err:
-                if not is_passing(err) or time.monotonic() > give_up_at:
-                    raise
-                logger.warning("%s must wait for Redis: %s", what, err)
-                time.sleep(RECONNECT_FIRST_S)
-
-    def _tell_failures(self, failed: Sequence[Outcome]) -> None:
-        """One line however many fail at once; which ones they are is for debugging."""
-        self.failed_job_count += len(failed)
-        for code, number in Counter(outcome.code for outcome in failed).items():
-            logger.warning("failed jobs: %d, code %s", number, code)
-        for outcome in failed:
-            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
-
-    def _drop_lost(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
-        """Jobs that were canceled or taken over are encoded no further."""
-        kept: list[ActiveJob] = []
-        for job in jobs:
-            if self.leases.is_lost(job.claim):
-                job.work.failure = JobFailedError("no longer this worker's", code="lost")
-                self.leases.drop([job.claim])
-            else:
-                kept.append(job)
-        return kept
 
     def _release_held(self) -> None:
         held = self.leases.held()
@@ -326,43 +328,17 @@ class EmbedWorker(SimpleWorker):
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
         self.leases.drop(held)
 
-    def _do_sequels(self, queue_name: str, job_ids: Sequence[str]) -> None:
-        """RQ's own steps after a job's end: dependents onto their queues, the slot of a rate limit freed.
-
-        Each may be done twice. A job that RQ cannot read must not end the worker.
-        """
-        queue = self.queue_class(queue_name, connection=self.connection, serializer=self.serializer)
-        for job_id in job_ids:
-            with self._errors_logged(f"what follows job {job_id}"):
-                job = Job.fetch(job_id, connection=self.connection, serializer=self.serializer)
-                if job.get_status(refresh=False) in (JobStatus.FINISHED.value, JobStatus.FAILED.value):
-                    with self._errors_logged(f"the dependents of job {job_id}"):
-                        queue.enqueue_dependents(job)
-                release_slot(job)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _errors_logged(what: str) -> Iterator[None]:
-        """For RQ's code over data that anybody may have written: only a Redis that cannot serve is an error of ours."""
-        try:
-            yield
-        except NoSuchJobError:
-            return
-        except Exception as err:
-            if isinstance(err, redis.RedisError) and is_passing(err):
-                raise
-            logger.exception("%s could not be done", what)
+    def _tick(self) -> None:
+        """Each second, on the thread of the leases."""
+        self.promoter.round()
+        self.sequels.take_up()
 
     # --- being idle, being an RQ worker
 
-    def _look_after_queues(self, burst: bool) -> None:
-        if burst:
-            self.check_for_suspension(burst)
-        if self.should_run_maintenance_tasks:
-            self._maintain()
-
-    def _maintain(self) -> None:
-        with self._errors_logged("maintenance"):
+    def _look_after_queues(self) -> None:
+        if not self.should_run_maintenance_tasks:
+            return
+        with errors_logged("maintenance"):
             self.run_maintenance_tasks()
         self.last_cleaned_at = now()  # type: ignore[assignment]
 
@@ -382,11 +358,6 @@ class EmbedWorker(SimpleWorker):
                 worker_registration.clean_worker_registry(queue)
                 queue.release_maintenance_lock()
 
-    def _idle(self, seconds: float) -> None:
-        if self.get_state() != WorkerStatus.IDLE:
-            self.set_state(WorkerStatus.IDLE)
-        self.waiter.wait(seconds)
-
     def _sleep(self, seconds: float) -> None:
         """Sleeps, but not through a signal."""
         deadline = time.monotonic() + seconds
@@ -394,7 +365,9 @@ class EmbedWorker(SimpleWorker):
             time.sleep(min(0.1, left))
 
     def serialize(self) -> dict[str, Any]:
-        """RQ's fields of the worker's hash, and what `embedq info` shows beside them."""
+        """RQ's fields of the worker's hash, and what `embedq info` shows beside them once the model is loaded."""
+        if not hasattr(self, "engine"):
+            return super().serialize()
         encoder = self.engine.encoder
         return {
             **super().serialize(),
@@ -421,24 +394,35 @@ class EmbedWorker(SimpleWorker):
         """As RQ's, with a thread that ends in a quarter of a second instead of a whole one."""
         pubsub = self.pubsub = self.connection.pubsub()
         pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
-        self.pubsub_thread: Any = pubsub.run_in_thread(
-            sleep_time=0.25, daemon=True, exception_handler=self._pubsub_exception_handler
-        )
+        self.pubsub_thread: Any = pubsub.run_in_thread(sleep_time=0.25, daemon=True, exception_handler=survive)
+
+    def handle_payload(self, message: Any) -> None:
+        self.commands.handle(message)
 
     # --- signals
+
+    def _end_claiming(self) -> None:
+        """Whatever the claiming thread waits for, and as soon as it can."""
+        self._stop_requested = True
+        self.waiter.wake()
 
     def request_stop(self, signum: int, frame: Any) -> None:  # noqa: ARG002
         """First signal: finish the micro-batch on the device, give the rest back, exit. A second one: at once."""
         asked_at = time.monotonic()
         if self._stop_asked_at is None:
             self._stop_asked_at = asked_at
-            self._stop_requested = True
-            self.waiter.wake()
+            self._end_claiming()
+            self.pipeline.ask_to_stop()
             self._grace_timer = threading.Timer(self.settings.grace_s, self._end_of_grace)
             self._grace_timer.daemon = True
             self._grace_timer.start()
         elif asked_at - self._stop_asked_at > SAME_SIGNAL_S:
             raise SystemExit(128 + signum)
+
+    def _grace_left(self) -> float:
+        """Seconds; all of it where no signal came."""
+        passed_s = 0.0 if self._stop_asked_at is None else time.monotonic() - self._stop_asked_at
+        return max(0.0, self.settings.grace_s - passed_s)
 
     def _end_of_grace(self) -> None:
         """The micro-batch outlasts the grace: give everything back, but wait no longer for that either."""

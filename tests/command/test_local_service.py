@@ -132,7 +132,9 @@ def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(short_path: Pa
 
 
 def test_every_setting_reaches_the_worker_as_the_flag_it_is(short_path: Path) -> None:
-    settings = WorkerSettings(model="noop:8", warm_up=False, allow_tf32=True, lease_s=5.0)
+    settings = WorkerSettings(
+        model="noop:8", warm_up=False, allow_tf32=True, lease_s=5.0, allow_callbacks=("a.b", "c.d")
+    )
     command = WorkerProcess("unix:///none", "embed", settings, short_path / "log")._command()
     parsed = cli.worker.make_context("worker", command[command.index("worker") + 1 :]).params
     assert WorkerSettings(**{field.name: parsed[field.name] for field in fields(WorkerSettings)}) == settings

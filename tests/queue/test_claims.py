@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +13,8 @@ import redis
 from rq.job import Job
 
 from embedq.producer import EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
-from embedq.worker.claims import Claim, ClaimStore, Outcome, Recovered
+from embedq.worker.claims import STAGE_FROM_BYTES, Claim, ClaimStore, Outcome, Recovered
+from tests.conftest import until
 
 LEASE_S = 30.0
 MANY = 10**9
@@ -100,7 +103,7 @@ def test_a_hash_without_data_is_claimed_so_that_it_can_fail(queue: EmbedQueue, s
 def test_nothing_is_claimed_while_rq_is_suspended(queue: EmbedQueue, store: ClaimStore) -> None:
     queue.enqueue("text")
     queue._redis.set(keys.SUSPENDED, 1)
-    assert store.claim(["embed"], 10, MANY).suspended
+    assert store.claim(["embed"], 10, MANY).state == "suspended"
     assert queue.depth() == 1
 
 
@@ -219,15 +222,20 @@ def test_abandoned_jobs_wait_again_until_their_retries_are_used_up(queue: EmbedQ
     assert leftovers(queue) == set()
 
 
-def test_a_living_lease_and_a_job_with_callbacks_are_left_alone(queue: EmbedQueue, store: ClaimStore) -> None:
-    """RQ's clean-up would call what the job names; nothing of ours does."""
+def test_a_living_lease_is_left_alone(queue: EmbedQueue, store: ClaimStore) -> None:
     queue.enqueue("text")
     claim(store)
-    fields = {"status": "started", "failure_callback_name": "os.getpid", "data": "x", "retries_left": "3"}
-    queue._redis.hset(keys.job("theirs"), mapping=fields)
-    queue._redis.zadd(keys.started("embed"), {"theirs:0123abcd": 1, "no-pair": 1})
+    queue._redis.zadd(keys.started("embed"), {"no-pair": 1})
     assert store.recover("embed") == Recovered(0, 0, [])
-    assert queue._redis.zcard(keys.started("embed")) == 3
+    assert queue._redis.zcard(keys.started("embed")) == 2
+
+
+def test_a_recovered_job_that_failed_is_told_if_it_names_a_callback(queue: EmbedQueue, store: ClaimStore) -> None:
+    for number, name in enumerate(("app.hooks.failed", "")):
+        fields = {"status": "started", "failure_callback_name": name, "data": "x"}
+        queue._redis.hset(keys.job(f"theirs-{number}"), mapping=fields)
+        queue._redis.zadd(keys.started("embed"), {f"theirs-{number}:0123abcd": 1})
+    assert store.recover("embed") == Recovered(0, 2, ["theirs-0"])
 
 
 def test_jobs_left_alone_do_not_hide_those_behind_them(queue: EmbedQueue, store: ClaimStore) -> None:
@@ -276,7 +284,7 @@ def test_what_follows_a_job_is_told_again_after_a_lost_reply(queue: EmbedQueue, 
     outcome = done(claim(store)[0])
     assert store.publish([outcome]) == [outcome]
     assert store.publish([outcome]) == [outcome]
-    queue._redis.delete(keys.dependents(job.id))
+    queue._redis.zrem(keys.sequels("embed"), job.id)  # done
     assert store.publish([outcome]) == []
 
 
@@ -334,3 +342,108 @@ def test_counters_of_a_live_worker_are_whole_numbers(queue: EmbedQueue, store: C
     assert int(fields[b"failed_job_count"]) == 1
     assert float(fields[b"total_working_time"]) == pytest.approx(1.0)
     assert fields[b"state"] == b"busy"
+
+
+LARGE = b"x" * STAGE_FROM_BYTES
+
+
+def test_a_large_result_goes_past_the_script_and_leaves_no_staged_stream(queue: EmbedQueue, store: ClaimStore) -> None:
+    jobs = queue.enqueue_many([*"abc"], result_ttl=100)
+    claims = claim(store)
+    assert store.publish([Outcome.finished(claims[0], LARGE, 0.5), done(claims[1]), failed(claims[2])]) == []
+    assert [queue.status(job.id) for job in jobs] == ["finished", "finished", "failed"]
+    [(_, fields)] = queue._redis.xrange(keys.results(jobs[0].id))
+    assert base64.b64decode(fields[b"return_value"]) == LARGE
+    assert set(fields) == set(queue._redis.xrange(keys.results(jobs[1].id))[0][1])
+    assert 0 < queue._redis.ttl(keys.results(jobs[0].id)) <= 100
+    assert len(queue._redis.keys("rq:results:*")) == 3
+    assert leftovers(queue) == set()
+
+
+def test_a_large_result_of_a_job_that_is_anothers_by_now_leaves_nothing(queue: EmbedQueue, store: ClaimStore) -> None:
+    kept, canceled = queue.enqueue_many([*"ab"])
+    claims = claim(store)
+    assert queue.cancel(canceled.id)
+    for _ in range(2):  # the same call again changes nothing
+        store.publish([Outcome.finished(found, LARGE, 0.5) for found in claims])
+    assert (queue.status(kept.id), queue.status(canceled.id)) == ("finished", "canceled")
+    assert queue._redis.xlen(keys.results(kept.id)) == 1
+    assert queue._redis.xlen(keys.results(canceled.id)) == 1  # the cancellation
+    assert len(queue._redis.keys("rq:results:*")) == 2
+
+
+def test_a_large_result_after_an_earlier_failure_is_appended(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    store.publish([failed(claim(store)[0])])
+    queue.requeue(job.id)
+    store.publish([Outcome.finished(claim(store)[0], LARGE, 0.5)])
+    assert [fields[b"type"] for _, fields in queue._redis.xrange(keys.results(job.id))] == [b"2", b"1"]
+    assert len(queue._redis.keys("rq:results:*")) == 1
+
+
+def test_a_server_that_forgot_the_scripts_gets_them_again(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    [found] = claim(store)
+    queue._redis.script_flush()
+    store.publish([Outcome.finished(found, LARGE, 0.5)])
+    assert queue.status(job.id) == "finished"
+    assert len(queue._redis.keys("rq:results:*")) == 1
+
+
+@pytest.mark.parametrize("size", [10, STAGE_FROM_BYTES])
+def test_whoever_waits_is_woken_by_a_result_of_any_size(queue: EmbedQueue, store: ClaimStore, size: int) -> None:
+    job = queue.enqueue("text")
+    woken: list[Any] = []
+    waiter = threading.Thread(
+        target=lambda: woken.extend(queue._redis.xread({keys.results(job.id): "0-0"}, block=20_000))
+    )
+    waiter.start()
+    until(lambda: queue._redis.info("clients")["blocked_clients"] == 1)
+    store.publish([Outcome.finished(claim(store)[0], b"x" * size, 0.5)])
+    waiter.join(10)
+    assert woken
+
+
+def test_something_else_under_the_results_name_gives_way(queue: EmbedQueue, store: ClaimStore) -> None:
+    jobs = queue.enqueue_many([*"ab"])
+    for job in jobs:
+        queue._redis.set(keys.results(job.id), "no stream")
+    first, second = claim(store)
+    store.publish([done(first), Outcome.finished(second, LARGE, 0.5)])
+    assert [queue._redis.xlen(keys.results(job.id)) for job in jobs] == [1, 1]
+
+
+def test_a_claimed_key_that_is_no_hash_any_more_fails_no_other(queue: EmbedQueue, store: ClaimStore) -> None:
+    jobs = queue.enqueue_many([*"ab"])
+    claims = claim(store)
+    queue._redis.set(keys.job(jobs[0].id), "no hash")
+    store.publish([done(found) for found in claims])
+    assert queue.status(jobs[1].id) == "finished"
+    assert leftovers(queue) == set()
+
+
+def test_a_claim_says_whether_more_is_waiting(queue: EmbedQueue, store: ClaimStore) -> None:
+    queue.enqueue_many(str(n) for n in range(250))
+    states = [store.claim(["other", "embed"], 100, MANY).state for _ in range(4)]
+    assert states == ["more", "more", "empty", "empty"]
+    queue.enqueue_many([*"ab"])
+    assert store.claim(["embed"], 2, MANY).state == "empty"
+
+
+def test_thousands_of_jobs_of_two_queues_fit_one_call(queue: EmbedQueue, store: ClaimStore) -> None:
+    with EmbedQueue(connection=queue._client, queue="other") as other:
+        jobs = queue.enqueue_many(str(n) for n in range(5000)) + other.enqueue_many([*"ab"])
+    claims = claim(store, "embed", "other", max_jobs=10_000)
+    assert [found.job_id for found in claims] == [job.id for job in jobs]
+    store.publish([done(found) for found in claims])
+    assert queue._redis.zcard(keys.finished("embed")) == 5000
+    assert queue._redis.zcard(keys.finished("other")) == 2
+    assert leftovers(queue) == set()
+
+
+def test_waiting_is_told_by_the_servers_clock(queue: EmbedQueue, store: ClaimStore) -> None:
+    job = queue.enqueue("text")
+    queue._redis.hset(keys.job(job.id), "enqueued_at", "2020-01-01T00:00:00.000000Z")
+    [found] = claim(store)
+    seconds, _ = queue._redis.time()
+    assert found.queued_s == pytest.approx(seconds - 1577836800, abs=2)

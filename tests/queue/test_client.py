@@ -88,6 +88,32 @@ def test_many_jobs_go_in_bounded_chunks(queue: EmbedQueue, monkeypatch: pytest.M
     assert [job.id.encode() for job in jobs] == waiting
 
 
+def test_round_trips_are_few(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    do, steps = queue._do, []
+
+    def counted(step: calls.Step) -> object:
+        steps.append(type(step).__name__)
+        return do(step)
+
+    monkeypatch.setattr(queue, "_do", counted)
+    queue.enqueue(["a"] * 1024)
+    assert steps == ["ScriptCall"]
+    jobs = queue.enqueue_many(["a"] * 2500)
+    assert steps == ["ScriptCall"] * 4
+    queue._redis.config_resetstat()
+    queue.enqueue_many(["b"] * 1000)
+    stats = queue._redis.info("commandstats")
+    assert {name: stats[f"cmdstat_{name}"]["calls"] for name in ("evalsha", "exists", "rpush", "sadd", "hset")} == {
+        **dict.fromkeys(("evalsha", "exists", "rpush", "sadd"), 1),
+        "hset": 1000,
+    }
+    steps.clear()
+    assert set(queue.statuses(job.id for job in jobs).values()) == {JobStatus.QUEUED}
+    assert steps == ["Commands"]
+    queue._run(calls.cancel_all(job.id for job in jobs[:200]))
+    assert steps == ["Commands", "ScriptCall", "ScriptCall"]
+
+
 def test_at_front_keeps_the_order_of_one_call(queue: EmbedQueue) -> None:
     last = queue.enqueue("last")
     first, second = queue.enqueue_many(["first", "second"], at_front=True)
@@ -532,7 +558,7 @@ def test_cancel_tells_the_worker_that_has_the_job_at_once(queue: EmbedQueue) -> 
     mine, waiting = queue.enqueue("a"), queue.enqueue("b")
     ClaimStore(queue._client, "w", 30).claim(["embed"], 1, 10**9)
     with queue._redis.pubsub(ignore_subscribe_messages=True) as channel:
-        channel.subscribe(keys.worker_commands("w"))
+        channel.subscribe(keys.worker_channel("w"))
         channel.get_message(timeout=5)
         waiting.cancel()
         mine.cancel()

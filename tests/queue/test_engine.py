@@ -13,7 +13,8 @@ from embedq.model import NonFiniteError, NoopEncoder, TokenizedText
 from embedq.producer import EmbedOptions, JobFailedError
 from embedq.producer.wire import EmbedRequest
 from embedq.worker import tasks
-from embedq.worker.engine import Engine
+from embedq.worker.engine import Engine, Piece, Work
+from embedq.worker.planning import ReadyTexts
 
 
 class MoodyEncoder(NoopEncoder):
@@ -36,11 +37,21 @@ def request(*texts: str, **options: Any) -> EmbedRequest:
     return EmbedRequest(list(texts), EmbedOptions(**options))
 
 
+def planned(engine: Engine, works: Sequence[Work]) -> list[list[Piece]]:
+    """The micro-batches of these jobs, in the order in which they are encoded."""
+    ready = ReadyTexts(engine.max_batch_tokens)
+    ready.add([work.ready() for work in works])
+    batches = []
+    while ready:
+        batches.append(ready.take())
+    return batches
+
+
 def test_a_batch_that_raises_is_halved_until_the_guilty_text_is_alone() -> None:
     engine = Engine(MoodyEncoder())
     works = [engine.tokenize(request(f"word {n}")) for n in range(7)]
     works.insert(3, engine.tokenize(request("fine", "three words here")))
-    [batch] = engine.plan(works)
+    [batch] = planned(engine, works)
     engine.encode(batch)
     for place, work in enumerate(works):
         if place != 3:
@@ -69,7 +80,7 @@ def test_an_encoder_that_refuses_to_give_nan_fails_the_guilty_job_alone() -> Non
     engine = Engine(StrictEncoder())
     works = [engine.tokenize(request(f"word {n}")) for n in range(5)]
     works.insert(2, engine.tokenize(request("fine", "also fine", "four words make nan")))
-    [batch] = engine.plan(works)
+    [batch] = planned(engine, works)
     engine.encode(batch)
     for place, work in enumerate(works):
         if place != 2:
@@ -91,9 +102,9 @@ def test_a_failed_job_is_encoded_no_further() -> None:
     encoder = MoodyEncoder()
     engine = Engine(encoder, max_batch_tokens=5)
     work = engine.tokenize(request("a b c", "d e f", "g h i"))
-    for batch in engine.plan([work]):
-        engine.encode(batch)
+    done = [engine.encode(batch) for batch in planned(engine, [work])]
     assert encoder.batches == [1]
+    assert done == [[work], [], []]  # told once
 
 
 def test_a_job_may_be_spread_over_micro_batches() -> None:
@@ -147,12 +158,12 @@ def test_token_output_is_filled_piece_by_piece_and_shares_no_batch_with_sentence
     engine = Engine(encoder, max_batch_tokens=8)
     texts = ["a b c", "d", "", "e f g h i j k l m"]
     works = [engine.tokenize(request(*texts, output=output)) for output in ("tokens", "sentence", "tokens")]
-    batches = engine.plan(works)
-    assert sorted((piece.work is works[1], piece.text_index) for batch in batches for piece in batch) == sorted(
+    batches = planned(engine, works)
+    assert sorted((work is works[1], place) for batch in batches for work, place in batch) == sorted(
         (place == 1, index) for place in range(3) for index in range(4)
     )
     for batch in batches:
-        assert len({piece.work.output for piece in batch}) == 1
+        assert len({work.output for work, _ in batch}) == 1
         engine.encode(batch)
     result = engine.finish(works[0])
     assert result.output == "tokens"
@@ -165,7 +176,7 @@ def test_token_output_is_filled_piece_by_piece_and_shares_no_batch_with_sentence
 def test_the_most_urgent_text_is_encoded_first_whatever_its_output() -> None:
     engine = Engine(NoopEncoder(8), max_batch_tokens=3)
     works = [engine.tokenize(request("a", output=output)) for output in ("tokens", "sentence", "tokens", "sentence")]
-    assert [works.index(batch[0].work) for batch in engine.plan(works)] == [0, 1, 2, 3]
+    assert [works.index(batch[0][0]) for batch in planned(engine, works)] == [0, 1, 2, 3]
 
 
 def test_token_output_takes_half_floats_and_dimensions() -> None:
@@ -199,7 +210,7 @@ def test_a_token_vector_that_is_not_finite_fails_its_job_alone() -> None:
         engine.tokenize(request("a", "two words", output="tokens")),
         engine.tokenize(request("b", output="tokens")),
     ]
-    [batch] = engine.plan(works)
+    [batch] = planned(engine, works)
     engine.encode(batch)
     assert engine.finish(works[1]).vectors.shape == (3, 8)
     with pytest.raises(JobFailedError, match="text 1: the model's output is not finite"):
@@ -211,7 +222,7 @@ def test_windows_are_pieces_of_their_own_and_the_vector_is_their_mean() -> None:
     engine = Engine(encoder, max_batch_tokens=400)
     texts = ["short", " ".join(f"w{index}" for index in range(2000)), "other"]
     work = engine.tokenize(request(*texts, chunk=True, chunk_overlap=20, dimensions=32))
-    batches = engine.plan([work])
+    batches = planned(engine, [work])
     assert len(batches) == 6  # one for each window; the short texts share the first
     for batch in reversed(batches):
         engine.encode(batch)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import rq.job
@@ -19,9 +20,11 @@ from rq.executions import ExecutionRegistry
 from rq.group import Group
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
+from rq.worker import DequeueStrategy
 
 from embedq.producer import Embeddings, EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.worker import tasks
+from embedq.worker.settings import DequeueStrategyName
 from tests.conftest import Drain, until
 from tests.queue.test_worker import Start, idle_workers, start, workers  # noqa: F401
 
@@ -69,7 +72,7 @@ def test_every_key_name_is_rqs(queue: EmbedQueue) -> None:
     worker = SimpleWorker(["q"], name="w", connection=queue._client)
     assert keys.worker("w") == worker.key
     assert keys.worker_executions("w") == worker.executions_key
-    assert keys.worker_commands("w") == worker.pubsub_channel_name
+    assert keys.worker_channel("w") == worker.pubsub_channel_name
     assert keys.group("g") == Group.get_key("g")
     assert keys.GROUPS == Group.REDIS_GROUP_KEY
     assert keys.WORKERS == rq.worker_registration.REDIS_WORKER_KEYS
@@ -107,7 +110,7 @@ def test_rq_fetches_our_job_and_its_return_value(queue: EmbedQueue, drain: Drain
     assert seen.ended_at is not None
     result = seen.latest_result()
     assert result is not None
-    assert result.execution_started_at is not None
+    assert result.execution_id is not None
     assert result.worker_name == value.worker
 
 
@@ -221,3 +224,7 @@ def test_rqs_shutdown_command_stops_our_worker(queue: EmbedQueue, start: Start) 
 def _only_worker(queue: EmbedQueue) -> str:
     [key] = queue._redis.smembers(keys.WORKERS)
     return str(key.decode().removeprefix(keys.worker("")))
+
+
+def test_the_dequeue_strategies_are_rqs() -> None:
+    assert get_args(DequeueStrategyName) == tuple(strategy.value for strategy in DequeueStrategy)

@@ -17,14 +17,16 @@ import redis
 from rq import Callback, Queue, Retry
 from rq.job import Job
 from rq.rate_limit import RateLimit
+from rq.worker import DequeueStrategy
 
 from embedq.model import NoopEncoder
 from embedq.producer import ConfigurationError, EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.producer.connection import connect
 from embedq.worker import EmbedWorker, WorkerSettings
-from embedq.worker.claims import Recovered, Renewed
+from embedq.worker.claims import ClaimStore, Outcome, Recovered, Renewed
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.redis_server import RedisServer
+from embedq.worker.stages import WorkerStages
 from embedq.worker.waiting import QueueWaiter
 from tests.conftest import Drain, until
 
@@ -226,7 +228,7 @@ def test_callbacks_that_a_job_names_are_not_called(queue: EmbedQueue, drain: Dra
     queue._redis.hset(keys.job(abandoned.id), "status", "started")
     queue._redis.zadd(keys.started("embed"), {f"{abandoned.id}:0123": 1})
     drain()
-    assert (good.get_status(), bad.get_status(), abandoned.get_status()) == ("finished", "failed", "started")
+    assert (good.get_status(), bad.get_status(), abandoned.get_status()) == ("finished", "failed", "failed")
 
 
 def test_a_retry_that_is_scheduled_frees_the_slot_of_its_rate_limit(queue: EmbedQueue, drain: Drain) -> None:
@@ -588,3 +590,99 @@ def test_a_name_that_a_live_worker_has_is_refused_with_one_line(queue: EmbedQueu
     status, output = second.ended()
     assert status == 2
     assert output.startswith("error: There exists an active worker named 'twin' already; choose another --name")
+
+
+# --- the pipeline under a worker
+
+
+def test_a_micro_batch_costs_two_calls_of_redis(
+    queue: EmbedQueue, drain: Drain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+
+    class SlowEncoder(NoopEncoder):
+        def encode_tokens(self, batch: Any) -> Any:
+            batches.append(len(batch))
+            time.sleep(0.005)
+            return super().encode_tokens(batch)
+
+    monkeypatch.setattr("embedq.worker.worker.load_encoder", lambda _settings: SlowEncoder(8))
+    queue.enqueue_many(f"text {n} of many that are much alike" for n in range(4000))
+    queue._redis.config_resetstat()
+    worker = drain(max_batch_tokens=500)
+    calls = queue._redis.info("commandstats")["cmdstat_evalsha"]["calls"]
+    assert len(batches) > 50
+    # A few more: claims are too small until the worker has learnt how many bytes fill a micro-batch.
+    assert calls <= 2 * len(batches) + 25
+    assert worker.successful_job_count == 4000
+
+
+def test_a_device_is_hardly_ever_starved_while_there_is_work(
+    queue: EmbedQueue, drain: Drain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SlowEncoder(NoopEncoder):
+        def encode_tokens(self, batch: Any) -> Any:
+            time.sleep(0.02)
+            return super().encode_tokens(batch)
+
+    monkeypatch.setattr("embedq.worker.worker.load_encoder", lambda _settings: SlowEncoder(8))
+    queue.enqueue_many(f"text {n}" for n in range(3000))
+    worker = drain(max_batch_tokens=100)
+    seconds = worker.pipeline.device_time.seconds
+    assert seconds["encoding"] > 1
+    # 0.5 % on a quiet machine; a test must pass on a busy one.
+    assert worker.pipeline.device_time.starved_share < 0.3
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "encode", "publish"])
+def test_a_stage_that_breaks_ends_the_worker_and_gives_its_jobs_back(
+    queue: EmbedQueue, drain: Drain, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise MemoryError("the stage is broken")
+
+    jobs = queue.enqueue_many(f"text {n}" for n in range(50))
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerStages, stage, broken)
+        with pytest.raises(MemoryError, match="the stage is broken"):
+            drain()
+    waiting = [job_id.decode() for job_id in queue._redis.lrange(keys.queue("embed"), 0, -1)]
+    assert waiting == [job.id for job in jobs]
+    assert workers(queue) == 0
+    assert queue._redis.keys("*execution*") == []
+    drain()
+    assert finished(queue) == 50
+
+
+def test_short_jobs_are_not_held_up_by_a_long_one(queue: EmbedQueue, drain: Drain) -> None:
+    order: list[str] = []
+    long = queue.enqueue(["some words of a text"] * 1024)
+    short = queue.enqueue_many(f"text {n} is short" for n in range(20))
+    publish = ClaimStore.publish
+
+    def recorded(self: ClaimStore, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        order.extend(outcome.claim.job_id for outcome in outcomes)
+        return publish(self, outcomes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClaimStore, "publish", recorded)
+        drain(max_batch_tokens=200)
+    assert order[-1] == long.id
+    assert set(order[:-1]) == {job.id for job in short}
+
+
+@pytest.mark.parametrize("strategy", ["default", "round_robin", "random"])
+def test_every_strategy_drains_every_queue(queue: EmbedQueue, url: str, strategy: str) -> None:
+    with EmbedQueue(url, queue="other") as other:
+        jobs = queue.enqueue_many("abc" * n for n in range(1, 30)) + other.enqueue_many("xyz" * n for n in range(1, 30))
+        with connect(url) as client:
+            settings = WorkerSettings(model="noop:8", max_claim_jobs=2)
+            worker = EmbedWorker(["embed", "other"], connection=client, settings=settings)
+            worker.work(burst=True, dequeue_strategy=DequeueStrategy(strategy))
+        assert set(queue.statuses(job.id for job in jobs).values()) == {JobStatus.FINISHED}
+
+
+def test_lingering_and_a_latency_reach_the_pipeline(queue: EmbedQueue, drain: Drain) -> None:
+    queue.enqueue("text")
+    bounds = drain(linger_ms=1.5, max_latency_ms=250.0, prefetch_batches=3, max_batch_tokens=10).pipeline._bounds
+    assert (bounds.linger_s, bounds.max_latency_s, bounds.prefetch_tokens) == (0.0015, 0.25, 30)

@@ -1,0 +1,359 @@
+"""The stages behind the claim, each on its thread: tokenize and plan, encode, publish; and the buffers between them.
+
+A stage that is behind holds up the one before it, back to the claims, so memory is bounded by `Bounds`. Knows threads,
+order and bounds; what a stage does to a job is `Stages`'.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from embedq.worker.claims import Claim, Outcome
+from embedq.worker.engine import Piece, Work
+from embedq.worker.estimates import EncodeTime
+from embedq.worker.planning import ReadyJob, ReadyTexts
+
+#: What one publication takes together: it holds the server up for some 10 ms.
+PUBLISH_JOBS = 512
+PUBLISH_BYTES = 4 * 1024 * 1024
+#: Bytes of vectors that may wait to be published, beyond which nothing more is encoded.
+OUTBOX_BYTES = 64 * 1024 * 1024
+
+#: A job that has been through the encoder, or one that failed before.
+Done = Work | Outcome
+
+
+class Stages(Protocol):
+    """What the threads do. Whatever a stage raises ends the pipeline."""
+
+    def tokenize(self, claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome]]:
+        """The jobs that can be encoded, tagged with their claims, and what became of the others."""
+
+    def ready_job(self, work: Work) -> ReadyJob: ...
+
+    def encode(self, batch: Sequence[Piece]) -> list[Work]:
+        """The jobs that are done with this micro-batch, failed ones too."""
+
+    def publish(self, done: Sequence[Done]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    max_batch_tokens: int
+    #: tokens that may be claimed and not encoded yet (of one job a micro-batch's worth counts, so that a long one does
+    #: not hold up the claims), and jobs that may be claimed and not published
+    prefetch_tokens: int
+    prefetch_jobs: int
+    #: seconds for which a micro-batch that is not full waits for more texts
+    linger_s: float = 0.0
+    #: seconds from enqueueing to the end of the encoding that micro-batches are cut for; None: always full ones
+    max_latency_s: float | None = None
+
+
+class DeviceTime:
+    """How the encoder's thread spent its time, in seconds: `encoding`, `starved` while there was work, or `idle`."""
+
+    State = Literal["encoding", "starved", "idle"]
+
+    def __init__(self) -> None:
+        self.seconds: dict[DeviceTime.State, float] = {"encoding": 0.0, "starved": 0.0, "idle": 0.0}
+        self._state: DeviceTime.State = "idle"
+        self._since = time.monotonic()
+
+    def enter(self, state: State) -> None:
+        now = time.monotonic()
+        self.seconds[self._state] += now - self._since
+        self._state, self._since = state, now
+
+    @property
+    def starved_share(self) -> float:
+        """Of the time in which there was work, the share that the device waited for it."""
+        with_work_s = self.seconds["encoding"] + self.seconds["starved"]
+        return self.seconds["starved"] / with_work_s if with_work_s else 0.0
+
+
+class Pipeline:
+    """For one claiming thread, which calls the public methods.
+
+    They raise what a stage raised, once; then the pipeline has stopped.
+    """
+
+    def __init__(self, stages: Stages, bounds: Bounds, on_failure: Callable[[], None]) -> None:
+        """on_failure: called from a stage's thread once it has raised."""
+        self._stages = stages
+        self._bounds = bounds
+        self._on_failure = on_failure
+        self._changed = threading.Condition()
+        #: claims with what they are estimated to come to in tokens
+        self._claimed: deque[tuple[list[Claim], int]] = deque()
+        self._claimed_tokens = 0
+        self._ready = ReadyTexts(bounds.max_batch_tokens)
+        self._ready_since = 0.0
+        #: a full micro-batch, cut while the device is busy
+        self._next: list[Piece] | None = None
+        self._next_tokens = 0
+        self._outbox: deque[Done] = deque()
+        self._outbox_bytes = 0
+        self._num_jobs = 0
+        self._is_encoding = False
+        self._is_queue_empty = True
+        self._is_stopping = False
+        self._running = 0
+        self._failure: BaseException | None = None
+        self._encode_time = EncodeTime()
+        self.device_time = DeviceTime()
+        #: CPU seconds of each stage's thread, once it has ended
+        self.cpu_s: dict[str, float] = {}
+        loops = {"tokenize": self._tokenize, "encode": self._encode, "publish": self._publish}
+        self._threads = {
+            name: threading.Thread(target=self._run, args=(name, loop), name=f"embedq-{name}", daemon=True)
+            for name, loop in loops.items()
+        }
+
+    # --- the claiming thread's side
+
+    def start(self) -> None:
+        self._running = len(self._threads) - 1  # the publisher ends after the others
+        for thread in self._threads.values():
+            thread.start()
+
+    @property
+    def num_jobs(self) -> int:
+        """Claimed and not published."""
+        return self._num_jobs
+
+    @property
+    def is_encoding(self) -> bool:
+        return self._is_encoding
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Until there is room for one more micro-batch; false after the timeout or on `wake`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or self._is_stopping or self._has_room(), timeout_s)
+            self._check()
+            return self._has_room()
+
+    def room_jobs(self) -> int:
+        """How many more may be claimed."""
+        return max(0, self._bounds.prefetch_jobs - self._num_jobs)
+
+    def put(self, claims: list[Claim], num_tokens: int) -> None:
+        """num_tokens: about what they will come to."""
+        with self._changed:
+            self._check()
+            self._claimed.append((claims, num_tokens))
+            self._claimed_tokens += num_tokens
+            self._num_jobs += len(claims)
+            self._note()
+
+    def wait_until_empty(self, timeout_s: float) -> bool:
+        """Until every job is published."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or self._is_stopping or not self._num_jobs, timeout_s)
+            self._check()
+            return not self._num_jobs
+
+    def wait_while_encoding(self, share: float) -> None:
+        """For a share of what a full micro-batch takes, or until the device is free."""
+        with self._changed:
+            timeout_s = share * self._encode_time.seconds(self._bounds.max_batch_tokens)
+            self._changed.wait_for(lambda: self._failure or self._is_stopping or not self._is_encoding, timeout_s)
+            self._check()
+
+    def queue_is_empty(self, is_empty: bool) -> None:
+        """Whether jobs wait that could be claimed: a device that waits then is starved."""
+        with self._changed:
+            self._is_queue_empty = is_empty
+            self._note()
+
+    def stop(self) -> None:
+        """Ends the threads: what is on the device is finished and published, the rest left alone."""
+        self.ask_to_stop()
+        for thread in self._threads.values():
+            if thread.ident is not None:
+                thread.join()
+
+    def ask_to_stop(self) -> None:
+        """As `stop`, without waiting for it. Safe in a signal handler: the lock is reentrant."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raises what a stage raised."""
+        with self._changed:
+            self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _has_room(self) -> bool:
+        bounds = self._bounds
+        waiting = self._claimed_tokens + self._ready.tokens_ahead + self._next_tokens
+        return waiting + bounds.max_batch_tokens <= bounds.prefetch_tokens and self._num_jobs < bounds.prefetch_jobs
+
+    def _note(self) -> None:
+        """Wakes whoever waits, and the device's clock learns whether there is work. The lock is held."""
+        if self._is_encoding:
+            self.device_time.enter("encoding")
+        elif self._claimed or self._ready or self._next or not self._is_queue_empty:
+            self.device_time.enter("starved")
+        else:
+            self.device_time.enter("idle")
+        self._changed.notify_all()
+
+    # --- the stages' threads
+
+    def _run(self, name: str, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except BaseException as err:
+            with self._changed:
+                self._failure = self._failure or err
+                self._is_stopping = True
+            self._on_failure()
+        with self._changed:
+            self._running -= 1
+            self.cpu_s[name] = time.thread_time()
+            self._note()
+
+    def _tokenize(self) -> None:
+        """Tokenizes what is claimed, and cuts the next micro-batch where a full one is there."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_stopping or self._can_plan() or self._claimed)
+                if self._is_stopping:
+                    return
+                if self._can_plan():
+                    self._set_next(self._take(None))
+                    self._note()
+                    continue
+                claims, estimate = self._claimed[0]
+            works, failed = self._stages.tokenize(claims)
+            jobs = [self._stages.ready_job(work) for work in works]
+            with self._changed:
+                self._claimed.popleft()
+                self._claimed_tokens -= estimate
+                if not self._ready:
+                    self._ready_since = time.monotonic()
+                self._ready.add(jobs)
+                self._outbox.extend(failed)
+                self._note()
+
+    def _can_plan(self) -> bool:
+        """Only full micro-batches are cut ahead: one that is not may still grow."""
+        is_full = self._ready.num_tokens >= self._bounds.max_batch_tokens
+        return self._next is None and is_full and self._bounds.max_latency_s is None
+
+    def _set_next(self, batch: list[Piece]) -> None:
+        self._next = batch or None
+        self._next_tokens = _num_tokens(batch)
+
+    def _take(self, max_tokens: int | None) -> list[Piece]:
+        self._ready_since = time.monotonic()
+        return self._ready.take(max_tokens)
+
+    def _encode(self) -> None:
+        while True:
+            batch = self._next_batch()
+            if batch is None:
+                return
+            began_at = time.monotonic()
+            done = self._stages.encode(batch)
+            took_s = time.monotonic() - began_at
+            with self._changed:
+                self._is_encoding = False
+                self._encode_time.learn(_num_tokens(batch), took_s)
+                self._outbox.extend(done)
+                self._outbox_bytes += sum([_num_bytes(work) for work in done])
+                if any(work.failure is not None for work in done):
+                    self._ready.discard(_is_wanted)
+                    self._set_next([piece for piece in self._next or () if _is_wanted(piece)])
+                self._note()
+
+    def _next_batch(self) -> list[Piece] | None:
+        """Waits for it; None when the pipeline stops."""
+        with self._changed:
+            while not self._is_stopping:
+                linger_s = self._lingers_s()
+                if self._outbox_bytes < OUTBOX_BYTES and linger_s is not None and linger_s <= 0:
+                    batch = self._next or self._take(self._budget())
+                    self._set_next([])
+                    self._is_encoding = True
+                    self._note()
+                    return batch
+                self._changed.wait(linger_s if linger_s and linger_s > 0 else None)
+        return None
+
+    def _lingers_s(self) -> float | None:
+        """Seconds until the next micro-batch may start: 0 at once, None if no text is there."""
+        if self._next or self._ready.num_tokens >= self._bounds.max_batch_tokens:
+            return 0.0
+        if not self._ready:
+            return None
+        linger_s = self._ready_since + self._bounds.linger_s - time.monotonic()
+        return min(linger_s, self._spare_s()) if self._bounds.max_latency_s is not None else linger_s
+
+    def _spare_s(self) -> float:
+        """Seconds that the most urgent text may still wait and be encoded within the latency."""
+        return self._left_s() - self._encode_time.seconds(self._ready.num_tokens)
+
+    def _budget(self) -> int | None:
+        """Tokens of the next micro-batch: fewer than usual where that keeps the most urgent text within the latency.
+
+        A text that is late already gains nothing by small batches, and those behind it would lose.
+        """
+        if self._bounds.max_latency_s is None:
+            return None
+        affordable = self._encode_time.tokens(self._left_s())
+        return None if affordable is None or affordable < 1 else min(affordable, self._bounds.max_batch_tokens)
+
+    def _left_s(self) -> float:
+        """Seconds of the latency that the most urgent text has left."""
+        assert self._bounds.max_latency_s is not None
+        work: Work = self._ready.first()[0]
+        return self._bounds.max_latency_s - work.queued_s - (time.monotonic() - work.began_at)
+
+    def _publish(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._outbox or (self._is_stopping and not self._running))
+                if not self._outbox:
+                    return
+                done = self._some_done()
+            self._stages.publish(done)
+            with self._changed:
+                self._num_jobs -= len(done)
+                self._note()
+
+    def _some_done(self) -> list[Done]:
+        some: list[Done] = []
+        size = 0
+        while self._outbox and len(some) < PUBLISH_JOBS and size < PUBLISH_BYTES:
+            done = self._outbox.popleft()
+            size += _num_bytes(done)
+            some.append(done)
+        self._outbox_bytes -= size
+        return some
+
+
+def _num_tokens(batch: Sequence[Piece]) -> int:
+    return sum([work.tokens[place].num_tokens for work, place in batch])
+
+
+def _is_wanted(piece: Piece) -> bool:
+    """Not of a job that has failed by another of its texts, or was canceled."""
+    return piece[0].failure is None
+
+
+def _num_bytes(done: Done) -> int:
+    if isinstance(done, Outcome):
+        return 0
+    return 0 if done.vectors is None else done.vectors.nbytes

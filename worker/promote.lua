@@ -1,0 +1,72 @@
+-- Moves the jobs whose time has come from the scheduled registries onto their queues, for all queues of a worker. An RQ
+-- scheduler that does the same beside it does no harm: a job that is not scheduled any more is only struck off.
+--
+-- KEYS[1]  the set of all queues
+-- KEYS[2]  the set of all rate limits
+-- KEYS[3+] the queues' scheduled registries
+-- ARGV[1]  RQ's key prefix
+-- ARGV[2]  at most so many jobs in one call
+-- ARGV[3+] the queues' names, as many as registries
+--
+-- Returns {number moved, milliseconds until the next one is due or -1, number struck off, rate limits under which jobs
+-- wait now...}.
+
+local prefix, limit = ARGV[1], tonumber(ARGV[2])
+local now = clock()
+local moved, struck_off, next_due = 0, 0, false
+local rate_limits, is_listed = {}, {}
+
+-- Waits for a slot, as RQ's Queue._enqueue_rate_limited_job has it, but since it was due: those of one second in order.
+local function await_slot(key, id, due_at, rate_limit, concurrency)
+  local limit_key = prefix .. ':rl:' .. rate_limit
+  redis.call('SADD', KEYS[2], rate_limit)
+  redis.call('HSET', limit_key, 'concurrency', concurrency)
+  redis.call('HSET', key, 'status', 'rate_limited')
+  redis.call('ZADD', limit_key .. ':rate_limited', due_at, id)
+  if not is_listed[rate_limit] then
+    is_listed[rate_limit] = true
+    rate_limits[#rate_limits + 1] = rate_limit
+  end
+end
+
+local function promote(queue, id, due_at)
+  local key = prefix .. ':job:' .. id
+  local fields = redis.pcall('HMGET', key, 'status', 'enqueue_at_front', 'enqueue_at_front_on_retry', 'ended_at', 'ttl',
+    'rate_limit_key', 'rate_limit_concurrency')
+  if fields.err or fields[1] ~= 'scheduled' then
+    struck_off = struck_off + 1
+    return
+  end
+  local ttl = seconds(fields[5], 0)
+  if ttl > 0 then
+    redis.call('EXPIRE', key, ttl)
+  end
+  redis.call('HSET', key, 'origin', queue)
+  moved = moved + 1
+  local concurrency = tonumber(fields[7] or '')
+  if fields[6] and fields[6] ~= '' and concurrency then
+    await_slot(key, id, due_at, fields[6], concurrency)
+    return
+  end
+  local at_front = fields[2] == '1' or fields[3] == '1' and (fields[4] or '') ~= ''
+  redis.call('HSET', key, 'status', 'queued', 'enqueued_at', timestamp())
+  redis.call(at_front and 'LPUSH' or 'RPUSH', prefix .. ':queue:' .. queue, id)
+  redis.call('SADD', KEYS[1], prefix .. ':queue:' .. queue)
+end
+
+for i = 3, #KEYS do
+  local left = limit - moved - struck_off
+  local due = left > 0 and redis.call('ZRANGEBYSCORE', KEYS[i], '-inf', now, 'WITHSCORES', 'LIMIT', 0, left) or {}
+  for j = 1, #due, 2 do
+    promote(ARGV[i], due[j], due[j + 1])
+    redis.call('ZREM', KEYS[i], due[j])
+  end
+  local head = redis.call('ZRANGE', KEYS[i], 0, 0, 'WITHSCORES')
+  if #head > 0 then
+    next_due = math.min(next_due or math.huge, tonumber(head[2]))
+  end
+end
+
+-- No number that Lua would print with an exponent, and none for a score of infinity.
+local wait_ms = next_due and math.floor(math.max(0, math.min(MAX_TTL, next_due - now)) * 1000) or -1
+return {moved, wait_ms, struck_off, unpack(rate_limits)}

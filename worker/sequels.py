@@ -1,0 +1,169 @@
+"""What follows a job's end: dependents onto their queues, its repetition, the slot of a rate limit, callbacks.
+
+RQ does this inside a job's execution; here it comes right after the commit, for the few jobs that the scripts report as
+having a sequel. Knows RQ's jobs; callbacks run elsewhere (`callbacks`), webhooks never: they would let whoever enqueues
+send requests from inside the worker's network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import redis
+from rq.defaults import CALLBACK_TIMEOUT
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
+from rq.job_lifecycle import call_exception_handlers
+from rq.queue import Queue
+from rq.rate_limit import release_slot
+
+from embedq.producer import keys, scripts, wire
+from embedq.producer.connection import is_passing
+from embedq.producer.errors import JobFailedError
+from embedq.producer.serializer import EmbedSerializer
+from embedq.producer.status import JobStatus
+from embedq.worker.callbacks import PATIENCE_S, Call, CallbackThread
+
+logger = logging.getLogger("embedq.worker")
+
+#: Seconds after a job's end at which its worker must have died if what follows is not done.
+ORPHANED_S = 120
+#: Seconds between two looks for such jobs, and jobs of one queue that one look takes up.
+LOOK_EVERY_S, ORPHANS = 10.0, 20
+
+
+class Sequels:
+    """Does what follows. Raises redis-py's error where Redis cannot serve; then the same call may be made again.
+
+    The scripts that end a job remember those that have a sequel until it is done here, so that another worker takes it
+    up if one dies. Each step may so be done twice, but a callback is called once or, where the worker dies, not at all.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        queues: Sequence[str],
+        callbacks: CallbackThread,
+        exception_handlers: Sequence[Callable[..., Any]] = (),
+    ) -> None:
+        self._client = client
+        self._queues = list(queues)
+        self._next_look = time.monotonic()
+        self._callbacks = callbacks
+        self._exception_handlers = exception_handlers
+        package = __package__ or "embedq.worker"
+        prelude = scripts.source("embedq.producer", "common")
+        self._repeat = scripts.load(client, package, "repeat", prelude)
+        self._orphans = scripts.load(client, package, "orphans", prelude)
+
+    def follow(self, queue_name: str, job_id: str, patience_s: float = PATIENCE_S) -> None:
+        """For one job that has ended, or whose next attempt is scheduled. What RQ cannot read is logged.
+
+        Where many callbacks wait, it waits for its turn to join them, but only so long.
+        """
+        job = None
+        with errors_logged(f"what follows job {job_id}"):
+            job = self._settle(queue_name, job_id)
+        self._client.zrem(keys.sequels(queue_name), job_id)
+        if job is not None:
+            self._call_back(job, patience_s)
+
+    def follow_all(self, queue_name: str, job_ids: Sequence[str]) -> None:
+        """For a thread that must not wait."""
+        for job_id in job_ids:
+            self.follow(queue_name, job_id, patience_s=0)
+
+    def take_up(self) -> None:
+        """What dead workers left undone, looked for every LOOK_EVERY_S however often this is called."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_EVERY_S
+        found = self._orphans(keys=list(map(keys.sequels, self._queues)), args=[ORPHANED_S, ORPHANS])
+        for place, job_id in zip(found[::2], found[1::2], strict=True):
+            self.follow_all(self._queues[place - 1], [job_id.decode()])
+
+    def report(self, job_id: str, reason: bytes) -> None:
+        """RQ's exception handlers, for each attempt that failed; `reason` as RQ stores it."""
+        if self._exception_handlers:
+            handlers = functools.partial(call_exception_handlers, self._exception_handlers)
+            arguments = functools.partial(self._report_arguments, job_id, reason)
+            self._callbacks.submit(Call(handlers, f"an exception handler of job {job_id}", arguments, CALLBACK_TIMEOUT))
+
+    def _settle(self, queue_name: str, job_id: str) -> Job:
+        """Everything but the callback."""
+        job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
+        status = job.get_status(refresh=False)
+        if status in (JobStatus.FINISHED.value, JobStatus.FAILED.value):
+            with errors_logged(f"the dependents of job {job_id}"):
+                Queue(queue_name, connection=self._client, serializer=EmbedSerializer).enqueue_dependents(job)
+        # One that repeats at once keeps its slot, as RQ has it.
+        if not (status == JobStatus.FINISHED.value and job.repeats_left and self._repeats_now(queue_name, job_id)):
+            release_slot(job)
+        return job
+
+    def _report_arguments(self, job_id: str, reason: bytes) -> tuple[Any, ...]:
+        job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
+        return job, *_exc_info(wire.decode_exc_string(reason))
+
+    def _call_back(self, job: Job, patience_s: float) -> None:
+        name, timeout_s, arguments = _callback(job)
+        if name and (function := self._callbacks.allowed(name)):
+            what = f"the callback {name} of job {job.id}"
+            self._callbacks.submit(Call(function, what, functools.partial(arguments, job), timeout_s), patience_s)
+
+    def _repeats_now(self, queue_name: str, job_id: str) -> bool:
+        outcome = self._repeat(
+            keys=[keys.job(job_id), keys.QUEUES, keys.scheduled(queue_name), keys.finished(queue_name)],
+            args=[job_id, keys.queue(queue_name)],
+        )
+        return bool(outcome == b"queued")
+
+
+@contextlib.contextmanager
+def errors_logged(what: str) -> Iterator[None]:
+    """For RQ's code over data that anybody may have written: only a Redis that cannot serve is an error of ours."""
+    try:
+        yield
+    except NoSuchJobError:
+        return
+    except Exception as err:
+        if isinstance(err, redis.RedisError) and is_passing(err):
+            raise
+        logger.exception("%s could not be done", what)
+
+
+def _callback(job: Job) -> tuple[str | None, int, Callable[[Job], tuple[Any, ...]]]:
+    """The callback that this job's state calls for: name, time limit in seconds, RQ's arguments for it."""
+    match job.get_status(refresh=False):
+        case JobStatus.FINISHED.value:
+            return job._success_callback_name, job.success_callback_timeout, _success_arguments
+        case JobStatus.FAILED.value:
+            return job._failure_callback_name, job.failure_callback_timeout, _failure_arguments
+        case JobStatus.STOPPED.value:
+            return job._stopped_callback_name, job.stopped_callback_timeout, _stopped_arguments
+        case _:
+            return None, 0, _stopped_arguments
+
+
+def _success_arguments(job: Job) -> tuple[Any, ...]:
+    return job, job.connection, job.return_value()
+
+
+def _failure_arguments(job: Job) -> tuple[Any, ...]:
+    result = job.latest_result()
+    exc_string = result.exc_string if result else None
+    return job, job.connection, *_exc_info(JobFailedError.parse(exc_string or ""))
+
+
+def _stopped_arguments(job: Job) -> tuple[Any, ...]:
+    return job, job.connection
+
+
+def _exc_info(failure: Exception) -> tuple[type[Exception], Exception, None]:
+    """An error as RQ has it in hand, but for the traceback: what is known of it stands in Redis."""
+    return type(failure), failure, None
