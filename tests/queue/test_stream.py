@@ -242,7 +242,7 @@ class Workers:
         self.waiting: dict[str, list[str]] = {}
         self.most_under_way = 0
 
-    def run(self, operation: calls.Operation[streaming.Enqueued]) -> None:
+    def run(self, operation: calls.Operation[calls.WaitFor]) -> None:
         try:
             step = next(operation)
             while True:
