@@ -428,6 +428,18 @@ def test_thousands_of_waiting_callers_share_a_few_connections(url: str, drain: D
     assert progress["most"] <= round_trips.MAX_CONNECTIONS + 3
 
 
+def test_a_pool_of_six_connections_is_enough_for_any_number_of_callers(url: str, start: Start) -> None:  # noqa: F811
+    start()
+
+    async def test() -> None:
+        async with connect_async(url, max_connections=6) as client, AsyncEmbedQueue(connection=client) as queue:
+            results = await asyncio.gather(*(queue.embed(str(number), timeout=30) for number in range(500)))
+            for number, result in enumerate(results):
+                np.testing.assert_allclose(result.vectors[0], vector(str(number)), atol=1e-7)
+
+    run(test())
+
+
 def test_callers_of_a_shared_client_keep_it(url: str) -> None:
     async def test() -> None:
         async with connect_async(url) as client:

@@ -28,7 +28,6 @@ from embedq.producer import (
     TextEmbedding,
     calls,
     keys,
-    streaming,
 )
 from embedq.producer.settings import JobSettings
 from embedq.producer.streaming import StreamSettings, TextStream
