@@ -52,8 +52,9 @@ class AsyncEmbedQueue:
         job = await q.enqueue("a text")
         (await job.result(timeout=30)).vectors     # (1, d) float32
 
-    Every method does what `EmbedQueue`'s of that name does. A call that is canceled changes nothing more; only `embed`
-    cancels its jobs. `connection` is a `redis.asyncio.Redis` whose pool allows six connections at least.
+    Every method does what `EmbedQueue`'s of that name does. A call that is canceled leaves its jobs as they are; only
+    `embed` and `embed_stream` cancel theirs. All calls share a few connections, and one of them waits for all results.
+    `connection` is a `redis.asyncio.Redis` whose pool allows six at least.
 
     Raises ConfigurationError at once for a URL that cannot be read, InvalidOptionError for a limit that is none; every
     call may raise QueueConnectionError.
