@@ -1,6 +1,7 @@
 """A private redis-server for `embedq up`, the demo and the tests: own folder, own socket or port, never 6379.
 
-Knows how the binary is found, started and stopped; never touches a server that it did not start.
+Knows how the binary is found, started and stopped; never touches a server that it did not start. What suits our
+jobs is in redis.conf.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from embedq.producer.connection import connect
 from embedq.producer.errors import ConfigurationError
 from embedq.worker import processes
 
+#: The configuration that ships, for servers of others as well.
+CONFIGURATION = Path(__file__).with_name("redis.conf")
 #: Redis' usual port, where somebody's own server may run.
 RESERVED_PORT = 6379
 START_TIMEOUT_S = 20.0
@@ -49,11 +52,18 @@ class RedisServer:
     """A context manager: `with RedisServer(folder) as server: server.url`.
 
     Without a port it listens on a unix socket in `folder` alone. `durable` keeps the data there across restarts
-    (an append-only file, written to disk each second). Raises ConfigurationError if it cannot start.
+    (an append-only file, written to disk each second). Without a `configuration` it is as Redis sets itself up.
+    Raises ConfigurationError if it cannot start.
     """
 
     def __init__(
-        self, folder: Path, *, port: int | None = None, durable: bool = False, binary: str | None = None
+        self,
+        folder: Path,
+        *,
+        port: int | None = None,
+        durable: bool = False,
+        binary: str | None = None,
+        configuration: Path | None = CONFIGURATION,
     ) -> None:
         if port is not None and not 0 <= port <= 65_535:
             raise ConfigurationError(f"port {port} is no port; choose one up to 65535, 0 for a free one")
@@ -65,6 +75,7 @@ class RedisServer:
         self.port = free_port() if port == 0 else port
         self.durable = durable
         self.binary = binary or find_binary()
+        self.configuration = configuration
         self.log = folder / "redis.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -120,8 +131,9 @@ class RedisServer:
             if self.port is None
             else ["--port", str(self.port), "--bind", "127.0.0.1", "--protected-mode", "yes"]
         )
-        keep = ["--appendonly", "yes", "--appendfsync", "everysec"] if self.durable else ["--appendonly", "no"]
-        return [*place, *keep, "--save", "", "--dir", str(self.folder), "--daemonize", "no", "--loglevel", "warning"]
+        base = [] if self.configuration is None else [str(self.configuration)]
+        keep = ["--appendonly", "yes" if self.durable else "no", "--save", "", "--dir", str(self.folder)]
+        return [*base, *place, *keep, "--daemonize", "no", "--loglevel", "warning"]
 
     def check(self) -> None:
         """Raises ConfigurationError if the server has ended by itself."""

@@ -219,6 +219,7 @@ class EmbedWorker(SimpleWorker):
 
     def _work(self, burst: bool, max_jobs: int | None, max_idle_s: float | None) -> int:
         """Claims until told to stop, while the pipeline's threads do the rest; returns the number of jobs done."""
+        before_s = time.thread_time()
         self.pipeline.start()
         try:
             self._feed(burst, max_jobs, max_idle_s)
@@ -233,7 +234,7 @@ class EmbedWorker(SimpleWorker):
         self.pipeline.check()
         done = self._count_done()
         logger.info("worker %s: %d jobs done, stopping", self.name, done)
-        self._tell_times()
+        self._tell_times(before_s)
         return done
 
     def _feed(self, burst: bool, max_jobs: int | None, max_idle_s: float | None) -> None:
@@ -249,7 +250,7 @@ class EmbedWorker(SimpleWorker):
                 claimed += len(found.claims)
                 if found.state == "suspended":
                     self.check_for_suspension(burst)
-                elif found.state == "empty" and not self._await_jobs(burst, max_idle_s):
+                elif found.state == "empty" and claimed != max_jobs and not self._await_jobs(burst, max_idle_s):
                     break
                 reconnect_s = RECONNECT_FIRST_S
             except StopRequested:
@@ -307,14 +308,15 @@ class EmbedWorker(SimpleWorker):
         self.successful_job_count, self.failed_job_count = self.stages.num_finished, self.stages.num_failed
         return self.stages.num_finished + self.stages.num_failed
 
-    def _tell_times(self) -> None:
+    def _tell_times(self, before_s: float) -> None:
+        """before_s: CPU seconds of this thread before it claimed."""
         device = self.pipeline.device_time
-        cpu_s = {"claim": time.thread_time(), **self.pipeline.cpu_s}
+        cpu_s = {"claim": time.thread_time() - before_s, **self.pipeline.cpu_s}
         logger.info(
-            "device: encoding %.1f s, starved %.1f s (%.1f %% of the time with work), idle %.1f s; CPU: %s",
+            "device: encoding %.3f s, starved %.3f s (%.1f %% of the time with work), idle %.1f s; CPU: %s",
             *(device.seconds["encoding"], device.seconds["starved"], 100 * device.starved_share),
             device.seconds["idle"],
-            ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in cpu_s.items()),
+            ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in cpu_s.items()),
         )
 
     def _release_held(self) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from rich.console import Console
-from rich.table import Table
+T = TypeVar("T")
 
 ROUNDS = 5
-#: Columns of a table, whatever the terminal: names are not to be cut.
-WIDTH = 110
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +25,25 @@ class Row:
 
 def interleaved(candidates: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> list[Row]:
     """Each candidate gives one rate a call; all of them run once a round, so that noise hits all alike."""
-    rates: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, measure in candidates.items():
-            rates[name].append(measure())
-    return [Row(name, statistics.median(found), min(found), max(found)) for name, found in rates.items()]
+    rates = take_turns(candidates, dict.fromkeys(candidates, rounds))
+    return [row(name, found) for name, found in rates.items()]
+
+
+def take_turns(candidates: Mapping[str, Callable[[], T]], rounds: Mapping[str, int]) -> dict[str, list[T]]:
+    """What each candidate returned; once a round as long as it has rounds left."""
+    found: dict[str, list[T]] = {name: [] for name in candidates}
+    for number in range(max(rounds.values(), default=0)):
+        for name, candidate in candidates.items():
+            if number < rounds[name]:
+                found[name].append(candidate())
+    return found
+
+
+def row(name: str, rates: Sequence[float]) -> Row:
+    return Row(name, statistics.median(rates), min(rates), max(rates))
 
 
 def seconds(action: Callable[[], object]) -> float:
     began_at = time.perf_counter()
     action()
     return time.perf_counter() - began_at
-
-
-def show(title: str, unit: str, rows: list[Row], base: str) -> None:
-    """A table with each median's ratio to the row named `base`."""
-    reference = next(row.median for row in rows if row.name == base)
-    table = Table("", f"{unit} (median)", "lowest to highest", f"to {base}", title=title, title_justify="left")
-    for row in rows:
-        spread = f"{row.lowest:,.0f} to {row.highest:,.0f}"
-        table.add_row(row.name, f"{row.median:,.0f}", spread, f"{row.median / reference:.2f}")
-    Console(width=WIDTH).print(table)

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
-from rich.console import Console
-
 from embedq.model import SentenceEncoder
+from embedq.model.bench_report import table
 from embedq.model.samples import corpus
 from embedq.producer import EmbedQueue, keys
 from embedq.producer.connection import connect
@@ -67,24 +66,37 @@ class Comparison:
         return worker
 
 
-def run(rounds: int) -> None:
+def pipeline_text(rounds: int) -> str:
     logging.disable(logging.INFO)
     encoder = SentenceEncoder.load(MODEL)
     texts = corpus("mixed", NUM_TEXTS, lambda some: [text.num_tokens for text in encoder.tokenize(some)])
     with tempfile.TemporaryDirectory(prefix="eq-") as folder, RedisServer(Path(folder)) as server:
         comparison = Comparison(encoder, EmbedQueue(connection=connect(server.url)), texts)
         encoder.encode(texts[:64])
-        rows = measure.interleaved({"encode": comparison.alone, "queue and worker": comparison.queued}, rounds)
-    title = f"{NUM_TEXTS} mixed texts, one a job, {encoder.placement}"
-    measure.show(title, "tokens/s", rows, "encode")
+        rates = {"SentenceEncoder.encode": comparison.alone, "queue and worker": comparison.queued}
+        rows = measure.interleaved(rates, rounds)
+    cells = [
+        (
+            row.name,
+            f"{row.median:,.0f}",
+            f"{row.lowest:,.0f} to {row.highest:,.0f}",
+            f"{row.median / rows[0].median:.3f}",
+        )
+        for row in rows
+    ]
+    head = (f"{MODEL}, {encoder.placement}, tokens/s", "median", "lowest to highest", "to encode")
     share = statistics.median(comparison.starved)
-    Console(width=measure.WIDTH).print(f"device without work while the queue had some: {100 * share:.2f} % of the time")
+    return (
+        f"## What the queue costs a real encoder\n\n{NUM_TEXTS} texts of mixed length, one a job, through the same"
+        " encoder object with the same threads; client, worker and server share the cores. The device waited"
+        f" {share:.2%} of the time in which the queue had work.\n\n{table(head, cells)}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    run(parser.parse_args().rounds)
+    print(pipeline_text(parser.parse_args().rounds))
 
 
 if __name__ == "__main__":
