@@ -3,7 +3,13 @@
 q = EmbedQueue("redis://localhost:6379/0")
 job = q.enqueue("a text")
 job.result(timeout=30).vectors
+
+`AsyncEmbedQueue` has the same surface for event loops.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import (
@@ -26,15 +32,21 @@ from embedq.producer.errors import (
     ResultTimeoutError,
     WireError,
 )
-from embedq.producer.groups import JobGroup
-from embedq.producer.jobs import EmbedJob
+from embedq.producer.groups import AsyncJobGroup, JobGroup
+from embedq.producer.jobs import AsyncEmbedJob, EmbedJob
 from embedq.producer.options import EmbedOptions
 from embedq.producer.queue import EmbedQueue
 from embedq.producer.serializer import EmbedSerializer
 from embedq.producer.status import JobStatus
 from embedq.producer.streaming import TextEmbedding
 
+if TYPE_CHECKING:
+    from embedq.producer.async_queue import AsyncEmbedQueue
+
 __all__ = [
+    "AsyncEmbedJob",
+    "AsyncEmbedQueue",
+    "AsyncJobGroup",
     "ConfigurationError",
     "DuplicateJobError",
     "EmbedJob",
@@ -63,3 +75,11 @@ __all__ = [
     "Timings",
     "WireError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AsyncEmbedQueue":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from embedq.producer.async_queue import AsyncEmbedQueue
+
+    return AsyncEmbedQueue

@@ -8,11 +8,12 @@ ended in) and returns its result. Every call of a script may be sent twice by re
 from __future__ import annotations
 
 import calendar
+import contextlib
 import itertools
 import os
 import random
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -63,8 +64,6 @@ class Commands:
     """Plain commands in one round trip; the reply is the list of theirs."""
 
     commands: list[tuple[Any, ...]]
-    #: all at one moment
-    is_transaction: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,34 @@ class Pause:
     seconds: float
 
 
-#: One round trip, or a pause.
-Step = ScriptCall | Commands | Pause
+@dataclass(frozen=True, slots=True)
+class WaitFor:
+    """From now on these jobs are waited for. The reply: ids and outcomes of those found to have ended already."""
+
+    #: just made: their result streams have no older entries
+    fresh: Sequence[str]
+    #: there before, so that they may have ended already
+    known: Sequence[str]
+
+    @classmethod
+    def enqueued(cls, job_ids: Iterable[str], known: Collection[str]) -> WaitFor:
+        """Jobs that `enqueue` got, of which it found some known."""
+        ids = list(dict.fromkeys(job_ids))
+        return cls([job_id for job_id in ids if job_id not in known], [job_id for job_id in ids if job_id in known])
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Until a job that is waited for ends. The reply: ids and outcomes of those that have; [] may come too early."""
+
+    timeout_s: float | None
+    #: not longer than until there are more texts to take: see `streaming.Take`
+    or_texts: bool = False
+
+
+#: One round trip.
+RedisStep = ScriptCall | Commands
+Step = RedisStep | Pause | WaitFor | News
 Result = TypeVar("Result")
 Operation = Generator[Step, Any, Result]
 
@@ -194,6 +219,12 @@ def cancel_all(job_ids: Iterable[str]) -> Operation[dict[str, JobStatus | None]]
         replies = yield ScriptCall("cancel", [], [keys.PREFIX, FAILURE_TTL_S, _nonce(), *chunk])
         found.update(zip(chunk, map(read_status, replies), strict=True))
     return found
+
+
+def give_up(job_ids: Iterable[str]) -> Operation[None]:
+    """Cancels in passing: the error under way matters more than one from here; what stays expires by itself."""
+    with contextlib.suppress(EmbedqError):
+        yield from cancel_all(job_ids)
 
 
 def requeue(job_id: str, *, at_front: bool) -> Operation[None]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
@@ -36,10 +38,26 @@ _PASSING_REPLIES = re.compile(
 _FULL = re.compile(r"\bOOM\b|when used memory > 'maxmemory'")
 #: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing more when they are sent twice.
 RETRIES = 2
+BACKOFF = ExponentialBackoff(cap=0.5, base=0.05)
+
+Client = TypeVar("Client", redis.Redis, redis.asyncio.Redis)
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
     """A client for `redis://`, `rediss://` or `unix://`; nothing is sent yet. Raises ConfigurationError."""
+    settings = _settings(url, {"retry": Retry(BACKOFF, RETRIES), **options})
+    with _readable(url):
+        return redis.Redis.from_url(url, **settings)
+
+
+def connect_async(url: str, **options: Any) -> redis.asyncio.Redis:
+    """The same to be awaited, in one event loop."""
+    settings = _settings(url, {"retry": AsyncRetry(BACKOFF, RETRIES), **options})
+    with _readable(url):
+        return redis.asyncio.Redis.from_url(url, **settings)
+
+
+def _settings(url: str, options: dict[str, Any]) -> dict[str, Any]:
     scheme = url.partition(":")[0] if isinstance(url, str) else ""
     if scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError(
@@ -49,13 +67,17 @@ def connect(url: str, **options: Any) -> redis.Redis:
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "socket_timeout": SOCKET_TIMEOUT_S,
         "health_check_interval": 30,
-        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
         **options,
     }
     if scheme == "unix":
         settings.pop("socket_connect_timeout")
+    return settings
+
+
+@contextmanager
+def _readable(url: str) -> Iterator[None]:
     try:
-        return redis.Redis.from_url(url, **settings)
+        yield
     except (ValueError, TypeError) as err:
         # The reason may quote a piece of the password.
         raise ConfigurationError(
@@ -64,7 +86,7 @@ def connect(url: str, **options: Any) -> redis.Redis:
         ) from err
 
 
-def check_client(client: redis.Redis) -> redis.Redis:
+def check_client(client: Client) -> Client:
     """Raises ConfigurationError for a client that would turn our bytes into strings."""
     if client.connection_pool.connection_kwargs.get("decode_responses"):
         raise ConfigurationError("the Redis client has decode_responses=True; embeddings are bytes, leave it off")
@@ -77,7 +99,7 @@ def without_secrets(url: object) -> str:
     return f"{scheme}{separator}..." if separator else "what was given"
 
 
-def describe(client: redis.Redis) -> str:
+def describe(client: redis.Redis | redis.asyncio.Redis) -> str:
     """Where a client connects to, without credentials: `localhost:6379/0` or a socket's path."""
     kwargs = client.connection_pool.connection_kwargs
     place = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
@@ -85,7 +107,7 @@ def describe(client: redis.Redis) -> str:
 
 
 @contextmanager
-def translated_errors(client: redis.Redis) -> Iterator[None]:
+def translated_errors(client: redis.Redis | redis.asyncio.Redis) -> Iterator[None]:
     """Raises what redis-py raised inside as a QueueConnectionError, QueueAccessError or QueueServerError."""
     try:
         yield
@@ -100,6 +122,11 @@ def is_passing(err: redis.RedisError) -> bool:
     if isinstance(err, (redis.ConnectionError, redis.TimeoutError, *_PASSING_ERRORS)):
         return True
     return _PASSING_REPLIES.search(str(err)) is not None
+
+
+def closed() -> QueueConnectionError:
+    """What an awaiting client raises once it was closed: it would open connections that nobody closes."""
+    return QueueConnectionError("this queue's client was closed; make another one")
 
 
 def translate(err: redis.RedisError, place: str) -> EmbedqError:

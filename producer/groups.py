@@ -1,13 +1,13 @@
 """A group: jobs that were enqueued under one name, in RQ's own keys, so that RQ's `Group` knows them too.
 
-The first half is steps without I/O, as in `calls`; the handle on top does them through its queue.
+The first half is steps without I/O, as in `calls`; the handles below do them through their queue.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embedq.producer import calls, keys
 from embedq.producer.calls import Commands, Operation
@@ -16,6 +16,7 @@ from embedq.producer.settings import check_group
 from embedq.producer.status import JobStatus
 
 if TYPE_CHECKING:
+    from embedq.producer.async_queue import AsyncEmbedQueue
     from embedq.producer.queue import EmbedQueue
 
 #: Ids read in one round trip, about.
@@ -67,17 +68,27 @@ def _statuses(ids: Sequence[str]) -> Operation[list[JobStatus]]:
     return [status for field in fields if (status := read_status(field)) is not None]
 
 
-class JobGroup:
+class _Group:
+    """What both handles are."""
+
+    __slots__ = ("_queue", "name")
+
+    def __init__(self, name: str, queue: Any) -> None:
+        self.name = check_group(name)
+        self._queue = queue
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+
+class JobGroup(_Group):
     """The jobs of one name, on whichever queues; every call asks Redis anew. A name that nobody used has no jobs.
 
     Redis keeps the name as long as RQ does: workers drop jobs that have expired, and then the group.
     """
 
-    __slots__ = ("_queue", "name")
-
-    def __init__(self, name: str, queue: EmbedQueue) -> None:
-        self.name = check_group(name)
-        self._queue = queue
+    __slots__ = ()
+    _queue: EmbedQueue
 
     def job_ids(self) -> list[str]:
         """In no order; some may have expired."""
@@ -95,5 +106,25 @@ class JobGroup:
         """Cancels what has not ended; how many jobs that were."""
         return self._queue._run(cancel(self.name))
 
-    def __repr__(self) -> str:
-        return f"JobGroup({self.name!r})"
+
+class AsyncJobGroup(_Group):
+    """`JobGroup`, awaited."""
+
+    __slots__ = ()
+    _queue: AsyncEmbedQueue
+
+    async def job_ids(self) -> list[str]:
+        """See `JobGroup.job_ids`."""
+        return await self._queue._run(job_ids(self.name))
+
+    async def counts(self) -> dict[JobStatus, int]:
+        """See `JobGroup.counts`."""
+        return await self._queue._run(counts(self.name))
+
+    async def results(self, timeout: float | None = 30) -> dict[str, Outcome]:
+        """See `JobGroup.results`."""
+        return await self._queue.results(await self.job_ids(), timeout)
+
+    async def cancel(self) -> int:
+        """See `JobGroup.cancel`."""
+        return await self._queue._run(cancel(self.name))

@@ -19,11 +19,10 @@ WORKERS = f"{PREFIX}:workers"
 #: Exists while `rq suspend` is in force.
 SUSPENDED = f"{PREFIX}:suspended"
 
-#: Set of the names of all rate limits in use.
-RATE_LIMITS = f"{PREFIX}:rl-keys"
-
 #: Set of the names of all groups.
 GROUPS = f"{PREFIX}:groups"
+#: Set of the names of all rate limits in use.
+RATE_LIMITS = f"{PREFIX}:rl-keys"
 
 #: What precedes a job's id in its key.
 JOB_PREFIX = f"{PREFIX}:job:"
@@ -126,11 +125,6 @@ def worker_channel(name: str) -> str:
 def worker_claim(name: str) -> str:
     """The nonce of a worker's last claim; ours, RQ has no such key."""
     return f"{PREFIX}:worker:{name}:claim"
-
-
-def worker_commands(name: str) -> str:
-    """Channel on which a worker hears RQ's commands, and `embedq-cancel` from cancel.lua."""
-    return f"{PREFIX}:pubsub:{name}"
 
 
 def group(name: str) -> str:

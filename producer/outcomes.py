@@ -30,8 +30,9 @@ Outcome = Embeddings | EmbedqError
 #: tool canceled, ends without an entry in its stream.
 LOOK_AGAIN_S = 2.0
 
-_SUCCESSFUL, _STOPPED, _RETRIED = b"1", b"3", b"4"  # of rq.results.Result.Type
-_FIRST = b"0-0"
+_SUCCESSFUL, _STOPPED, RETRIED = b"1", b"3", b"4"  # of rq.results.Result.Type
+#: What precedes every entry of a stream.
+BEFORE_ALL = b"0-0"
 
 
 class Watch:
@@ -48,30 +49,20 @@ class Watch:
 
     def add_fresh(self, job_ids: Iterable[str]) -> None:
         """Jobs whose streams have no entries but the one to come: those just made."""
-        self._last.update(dict.fromkeys(job_ids, _FIRST))
+        self._last.update(dict.fromkeys(job_ids, BEFORE_ALL))
 
     def drop(self, job_id: str) -> None:
         self._last.pop(job_id, None)
 
-    @staticmethod
-    def look_commands(job_ids: Iterable[str]) -> list[tuple[Any, ...]]:
-        """To be asked in one transaction: status and last entry of each job."""
-        commands: list[tuple[Any, ...]] = []
-        for job_id in job_ids:
-            commands.append(("HGET", keys.job(job_id), "status"))
-            commands.append(("XREVRANGE", keys.results(job_id), "+", "-", "COUNT", 1))
-        return commands
-
     def looked(self, job_ids: Sequence[str], replies: Sequence[Any]) -> Iterator[tuple[str, Outcome]]:
         """Outcomes of the jobs that have ended; the others are watched from here on."""
         for job_id, field, entries in zip(job_ids, replies[::2], replies[1::2], strict=True):
-            entry = entries[0] if entries else None
-            outcome = _ended(job_id, read_status(field), entry)
-            if outcome is None:
-                self._last[job_id] = entry[0] if entry else _FIRST
-            else:
+            status, entry = read_status(field), entries[0] if entries else None
+            if is_over(status):
                 self.drop(job_id)
-                yield job_id, outcome
+                yield job_id, final_outcome(job_id, status, entry)
+            else:
+                self._last[job_id] = entry[0] if entry else BEFORE_ALL
 
     def rotate(self, number: int) -> None:
         """Puts the first so many behind the others."""
@@ -88,11 +79,20 @@ class Watch:
         for key, entries in _streams(reply):
             job_id = ids[key]
             entry_id, fields = entries[-1]
-            if fields.get(b"type") == _RETRIED:
+            if fields.get(b"type") == RETRIED:
                 self._last[job_id] = entry_id
             else:
                 self.drop(job_id)
                 yield job_id, entry_outcome(job_id, fields)
+
+
+def look_commands(job_ids: Iterable[str]) -> list[tuple[Any, ...]]:
+    """To be asked in one transaction: status and last entry of each job."""
+    commands: list[tuple[Any, ...]] = []
+    for job_id in job_ids:
+        commands.append(("HGET", keys.job(job_id), "status"))
+        commands.append(("XREVRANGE", keys.results(job_id), "+", "-", "COUNT", 1))
+    return commands
 
 
 def not_found(job_id: str) -> JobNotFoundError:
@@ -126,14 +126,17 @@ def entry_outcome(job_id: str, fields: Mapping[bytes, bytes]) -> Outcome:
         return err
 
 
-def _ended(job_id: str, status: JobStatus | None, entry: Any) -> Outcome | None:
-    """None of a job that has not ended; `entry` is the last of its stream."""
+def is_over(status: JobStatus | None) -> bool:
+    """Whether a job is gone or has ended."""
+    return status is None or status.is_terminal
+
+
+def final_outcome(job_id: str, status: JobStatus | None, entry: Any) -> Outcome:
+    """What a job came to that is over; `entry` is the last of its stream."""
     if status is None:
         return not_found(job_id)
     if status is JobStatus.CANCELED:
         return JobCanceledError(f"job {job_id} was canceled")
-    if not status.is_terminal:
-        return None
     if entry is not None:
         return entry_outcome(job_id, entry[1])
     if status is JobStatus.FINISHED:

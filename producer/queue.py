@@ -7,46 +7,38 @@ Knows the public surface and does the round trips; what is asked of Redis is in 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import redis
 
-from embedq.producer import calls, requests, scripts
+from embedq.producer import calls, embedding, requests, scripts
 from embedq.producer.checks import lone_surrogate, shown
 from embedq.producer.connection import DEFAULT_URL, check_client, connect, describe, translate
+from embedq.producer.driver import drive
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError, JobFailedError, ResultTimeoutError
+from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError
 from embedq.producer.groups import JobGroup
 from embedq.producer.jobs import EmbedJob
-from embedq.producer.options import EmbedOptions, check_job_id, check_text
+from embedq.producer.options import EmbedOptions, check_job_id
 from embedq.producer.outcomes import Outcome
 from embedq.producer.results import ResultReader
 from embedq.producer.settings import EnqueueKeywords, JobSettings, job_ids_of, split_keywords
 from embedq.producer.status import JobStatus
-from embedq.producer.stream_driver import embed_texts, give_up
 from embedq.producer.streaming import (
-    SHARING_KEYWORDS,
     SILENCE_S,
     WINDOW_TEXTS,
     OnError,
-    StreamSettings,
+    StreamStep,
     TextEmbedding,
-    TextStream,
+    open_stream,
 )
-from embedq.producer.vector_cache import VectorCache
 
 Result = TypeVar("Result")
 
 DEFAULT_QUEUE = "embed"
-#: `embed` spreads its texts over jobs of so many, so that several workers share them.
-TEXTS_PER_EMBED_JOB = 64
-#: The same where each token has a vector: a job's results stay below what a worker refuses (64 MiB).
-TEXTS_PER_TOKEN_JOB = 16
-#: Seconds that `embed` leaves its results in Redis, whose ids nobody else knows.
-EMBED_RESULT_TTL_S = 300
 
 
 class EmbedQueue:
@@ -160,25 +152,8 @@ class EmbedQueue:
         Raises the first failure as `result` does, its `text_index` that of `texts`. Whatever is still waiting when it
         raises is canceled, except under `dedupe`, where others may wait for it too.
         """
-        everything = [texts] if isinstance(texts, str) else [check_text(text, i) for i, text in enumerate(texts)]
-        options, settings = self._split({"result_ttl": EMBED_RESULT_TTL_S, **keywords})
-        if cache_ttl is None:
-            return self._embed(everything, options, settings, timeout)
-        cache = VectorCache(options, cache_ttl)
-        parts = self._run(cache.look_up(everything))
-        places = [place for place, part in enumerate(parts) if part is None]
-        if places or not parts:
-            missing = [everything[place] for place in places]
-            try:
-                found = self._embed(missing, options, settings, timeout).split()
-            except JobFailedError as err:
-                if err.text_index is None:
-                    raise
-                raise err.of_text(places[err.text_index]) from err
-            self._run(cache.store(zip(missing, found, strict=True)))
-            for place, part in zip(places, found, strict=True):
-                parts[place] = part
-        return Embeddings.concatenate([part for part in parts if part is not None])
+        options, settings = self._split({"result_ttl": embedding.EMBED_RESULT_TTL_S, **keywords})
+        return self._run(embedding.embed(self.name, texts, options, settings, timeout, cache_ttl))
 
     def embed_stream(
         self,
@@ -203,22 +178,17 @@ class EmbedQueue:
         """
         if isinstance(texts, str):
             raise InvalidTextError("embed_stream takes any number of texts; embed takes one")
-        is_private = not keywords.keys() & SHARING_KEYWORDS
-        options, settings = self._split(keywords if is_private else {"result_ttl": EMBED_RESULT_TTL_S, **keywords})
-        stream = TextStream(
+        stream = open_stream(
             self.name,
-            options,
-            settings,
-            StreamSettings(
-                window=window,
-                ordered=ordered,
-                texts_per_job=_texts_per_job(options) if texts_per_job is None else texts_per_job,
-                on_error=on_error,
-                forget=is_private,
-            ),
-            None if cache_ttl is None else VectorCache(options, cache_ttl),
+            keywords,
+            defaults=self._defaults,
+            window=window,
+            ordered=ordered,
+            texts_per_job=texts_per_job,
+            on_error=on_error,
+            cache_ttl=cache_ttl,
         )
-        return embed_texts(self._run, self._client, stream, iter(texts), timeout)
+        return self._drive(stream.run(timeout), iter(texts))
 
     # --- following jobs
 
@@ -314,65 +284,34 @@ class EmbedQueue:
         return EmbedJob(request.job_id, self)
 
     def _run(self, operation: calls.Operation[Result]) -> Result:
-        """Does an operation's steps, one after the other."""
+        """Does an operation that hands nothing out."""
         try:
-            step = next(operation)
-            while True:
-                try:
-                    reply = self._do(step)
-                except EmbedqError as err:
-                    step = operation.throw(err)
-                else:
-                    step = operation.send(reply)
+            next(self._drive(operation, iter(())))
         except StopIteration as end:
             result: Result = end.value
             return result
+        raise AssertionError("only a stream hands out")
 
-    def _do(self, step: calls.Step) -> Any:
+    def _drive(
+        self, operation: Generator[StreamStep, Any, Result], source: Iterator[str]
+    ) -> Generator[TextEmbedding, None, Result]:
+        return drive(operation, source, lambda step: self._do(step), ResultReader(self._client))
+
+    def _do(self, step: calls.RedisStep | calls.Pause) -> Any:
         if isinstance(step, calls.Pause):
             return time.sleep(step.seconds)
         try:
             if isinstance(step, calls.ScriptCall):
                 return self._scripts[step.script](keys=step.keys, args=step.args)
-            pipeline = self._redis.pipeline(transaction=step.is_transaction)
+            pipeline = self._redis.pipeline(transaction=False)
             for command in step.commands:
                 pipeline.execute_command(*command)
             return pipeline.execute()
         except redis.RedisError as err:
             raise translate(err, describe(self._client)) from err
 
-    def _embed(
-        self, texts: list[str], options: EmbedOptions, settings: JobSettings, timeout: float | None
-    ) -> Embeddings:
-        """`embed` of checked texts without a cache."""
-        made = requests.spread(self.name, texts, _texts_per_job(options), options, settings)
-        job_ids = [request.job_id for request in made]  # under dedupe one may stand twice
-        deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            self._run(calls.enqueue_own(self.name, made, settings))
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            parts: dict[str, Embeddings] = {}
-            for job_id, outcome in self._outcomes(job_ids, left, are_fresh=not settings.dedupe):
-                if isinstance(outcome, ResultTimeoutError):
-                    rest = "they go on" if settings.dedupe else "what still waited is canceled"
-                    raise ResultTimeoutError(f"{len(texts):,} texts took more than {timeout:g} s; {rest}")
-                if isinstance(outcome, EmbedqError):
-                    raise requests.failure_in(made, job_id, outcome)
-                parts[job_id] = outcome
-        except BaseException:
-            if not settings.dedupe:  # else others may wait for the same jobs
-                give_up(self._run, job_ids)
-            raise
-        return Embeddings.concatenate([parts[job_id] for job_id in job_ids])
-
-    def _outcomes(
-        self, job_ids: list[str], timeout: float | None, *, are_fresh: bool = False
-    ) -> Iterator[tuple[str, Outcome]]:
-        return ResultReader(self._client).outcomes(job_ids, timeout, are_fresh=are_fresh)
-
-
-def _texts_per_job(options: EmbedOptions) -> int:
-    return TEXTS_PER_TOKEN_JOB if options.output == "tokens" else TEXTS_PER_EMBED_JOB
+    def _outcomes(self, job_ids: list[str], timeout: float | None) -> Iterator[tuple[str, Outcome]]:
+        return ResultReader(self._client).outcomes(job_ids, timeout)
 
 
 def check_queue_name(name: object) -> str:

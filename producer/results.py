@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from embedq.producer.connection import translated_errors
-from embedq.producer.outcomes import LOOK_AGAIN_S, Outcome, Watch, timed_out
+from embedq.producer.outcomes import LOOK_AGAIN_S, Outcome, Watch, look_commands, timed_out
 
 #: Jobs in one XREAD, and looked at in one round trip.
 WINDOW = 128
@@ -27,22 +27,16 @@ class ResultReader:
         timeout = client.connection_pool.connection_kwargs.get("socket_timeout")
         self._slice_s = min(LOOK_AGAIN_S, timeout / 2) if timeout else LOOK_AGAIN_S
 
-    def outcomes(
-        self, job_ids: Iterable[str], timeout_s: float | None, *, are_fresh: bool = False
-    ) -> Iterator[tuple[str, Outcome]]:
+    def outcomes(self, job_ids: Iterable[str], timeout_s: float | None) -> Iterator[tuple[str, Outcome]]:
         """Each job once, about as it ends; what has not ended in time comes last, as ResultTimeoutError.
 
-        `timeout_s` None waits for good, 0 only looks. Jobs that were just made, of which nobody else knows, need no
-        look before the wait.
+        `timeout_s` None waits for good, 0 only looks.
         """
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         watch = Watch()
         ids = list(dict.fromkeys(job_ids))
-        if are_fresh:
-            watch.add_fresh(ids)
-        else:
-            for start in range(0, len(ids), WINDOW):
-                yield from self.look(watch, ids[start : start + WINDOW])
+        for start in range(0, len(ids), WINDOW):
+            yield from self.look(watch, ids[start : start + WINDOW])
         while watch and (left_s := deadline - time.monotonic()) > 0:
             yield from self.read(watch, left_s)
         yield from ((job_id, timed_out(job_id, timeout_s)) for job_id in watch.ids())
@@ -71,7 +65,7 @@ class ResultReader:
             some = job_ids[start : start + WINDOW]
             with translated_errors(self._redis):
                 pipeline = self._redis.pipeline(transaction=True)
-                for command in watch.look_commands(some):
+                for command in look_commands(some):
                     pipeline.execute_command(*command)
                 outcomes.extend(watch.looked(some, pipeline.execute()))
         return outcomes

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 import redis
+import redis.asyncio
 
 
 @cache
@@ -18,6 +19,10 @@ def source(package: str, name: str) -> str:
     return files(package).joinpath(f"{name}.lua").read_text(encoding="utf-8")
 
 
-def load(client: redis.Redis, package: str, name: str, prelude: str = "") -> Any:
-    """A callable `script(keys=[...], args=[...])`: EVALSHA, and the source once where the server lacks it."""
-    return client.register_script(prelude + source(package, name))
+def load(client: redis.Redis | redis.asyncio.Redis, package: str, name: str, prelude: str = "") -> Any:
+    """A callable `script(keys=[...], args=[...])`: EVALSHA, and the source once where the server lacks it.
+
+    With an asyncio client its calls are awaited.
+    """
+    registering: Any = client
+    return registering.register_script(prelude + source(package, name))

@@ -6,19 +6,21 @@ came to, and hands out results. Whoever has a connection, blocking or awaited, w
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from embedq.producer import calls, keys, requests
-from embedq.producer.calls import Commands, Operation
+from embedq.producer.calls import Commands, News, Operation, Step, WaitFor
 from embedq.producer.checks import is_int, one_of, shown
+from embedq.producer.embedding import EMBED_RESULT_TTL_S, usual_texts_per_job
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import EmbedqError, InvalidOptionError, InvalidTextError, JobFailedError
+from embedq.producer.errors import EmbedqError, InvalidOptionError, InvalidTextError, JobFailedError, ResultTimeoutError
 from embedq.producer.options import MAX_TEXTS_PER_JOB, EmbedOptions, check_text
 from embedq.producer.outcomes import Outcome
-from embedq.producer.settings import JobSettings
+from embedq.producer.settings import EnqueueKeywords, JobSettings, split_keywords
 from embedq.producer.vector_cache import VectorCache
 
 if TYPE_CHECKING:
@@ -52,13 +54,23 @@ class TextEmbedding:
     error: EmbedqError | None = None
 
 
-class Enqueued(NamedTuple):
-    """Jobs to wait for."""
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Up to so many texts of the source. The reply: the texts, and whether there are no more."""
 
-    #: just made: their result streams have no older entries
-    fresh: list[str]
-    #: there before, so that they may have ended already
-    known: list[str]
+    count: int
+    #: whether to wait for a text if none is at hand; whoever cannot tell always waits
+    may_wait: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HandOut:
+    """An item for whoever reads the stream."""
+
+    item: TextEmbedding
+
+
+StreamStep = Step | Take | HandOut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +94,32 @@ class StreamSettings:
                 )
         if self.on_error not in get_args(OnError):
             raise InvalidOptionError(f"on_error must be {one_of(get_args(OnError))}, not {shown(self.on_error)}")
+
+
+def open_stream(
+    queue: str,
+    keywords: EnqueueKeywords,
+    *,
+    defaults: EnqueueKeywords,
+    window: int,
+    ordered: bool,
+    texts_per_job: int | None,
+    on_error: OnError,
+    cache_ttl: int | None,
+) -> TextStream:
+    """See `EmbedQueue.embed_stream`. Raises InvalidOptionError."""
+    is_private = not keywords.keys() & SHARING_KEYWORDS
+    lasting: EnqueueKeywords = {} if is_private else {"result_ttl": EMBED_RESULT_TTL_S}
+    options, job_settings = split_keywords({**defaults, **lasting, **keywords})
+    settings = StreamSettings(
+        window=window,
+        ordered=ordered,
+        texts_per_job=usual_texts_per_job(options) if texts_per_job is None else texts_per_job,
+        on_error=on_error,
+        forget=is_private,
+    )
+    cache = None if cache_ttl is None else VectorCache(options, cache_ttl)
+    return TextStream(queue, options, job_settings, settings, cache)
 
 
 class _Part(NamedTuple):
@@ -125,7 +163,42 @@ class TextStream:
         """Those to be canceled when the stream is left; under `dedupe` none, since others may wait for them too."""
         return [] if self._job_settings.dedupe else list(self._parts)
 
-    def fill(self, texts: Sequence[Any]) -> Operation[Enqueued]:
+    def run(self, timeout_s: float | None) -> Generator[StreamStep, Any, None]:
+        """The whole stream, until the source has no more texts. An error thrown in, or the reader's leaving
+        (GeneratorExit), cancels what still waits.
+
+        Raises ResultTimeoutError after `timeout_s` without any result.
+        """
+        is_exhausted, silent_s = False, 0.0
+        try:
+            while not (is_exhausted and self.is_empty):
+                if not is_exhausted and self.room:
+                    texts, is_exhausted = yield Take(self.room, may_wait=not self._parts)
+                    yield from self._settle(self.fill(texts))
+                yield from map(HandOut, self.pop_ready())
+                if not self._parts:
+                    continue
+                began = time.monotonic()
+                left_s = None if timeout_s is None else max(0.0, timeout_s - silent_s)
+                may_take = not is_exhausted and self.room > 0
+                news = yield News(left_s, or_texts=may_take)
+                silent_s = 0.0 if news else silent_s + time.monotonic() - began
+                if timeout_s is not None and silent_s >= timeout_s and (timeout_s > 0 or not may_take):
+                    raise ResultTimeoutError(
+                        f"no text of the stream came back for {timeout_s:g} s; is a worker running?"
+                    )
+                yield from self._settle(self.take(news))
+                yield from map(HandOut, self.pop_ready())
+        finally:
+            yield from calls.give_up(self.waiting_jobs())
+
+    def _settle(self, enqueueing: Operation[WaitFor]) -> Operation[None]:
+        """Waits for what was enqueued, but for jobs that had ended before: they are taken at once."""
+        jobs = yield from enqueueing
+        while ended := (yield jobs):
+            jobs = yield from self.take(ended)
+
+    def fill(self, texts: Sequence[Any]) -> Operation[WaitFor]:
         """Takes texts; those that the cache lacks are enqueued. Raises as `enqueue`."""
         first, self._taken = self._taken, self._taken + len(texts)
         places, checked = [], []
@@ -144,7 +217,7 @@ class TextStream:
             places, checked = [places[index] for index in left], [checked[index] for index in left]
         return (yield from self._enqueue(places, checked))
 
-    def take(self, outcomes: Iterable[tuple[str, Outcome]]) -> Operation[Enqueued]:
+    def take(self, outcomes: Iterable[tuple[str, Outcome]]) -> Operation[WaitFor]:
         """What jobs came to. Texts that shared a job with a guilty one are enqueued again without it."""
         entries: list[tuple[str, Embeddings]] = []
         read: list[str] = []
@@ -179,9 +252,9 @@ class TextStream:
             self._handed_out += 1
             yield item
 
-    def _enqueue(self, places: list[int], texts: list[str]) -> Operation[Enqueued]:
+    def _enqueue(self, places: list[int], texts: list[str]) -> Operation[WaitFor]:
         if not texts:
-            return Enqueued([], [])
+            return WaitFor([], [])
         jobs = requests.spread(self._queue, texts, self._settings.texts_per_job, self._options, self._job_settings)
         start, under_way = 0, set(self._parts)
         for job in jobs:
@@ -191,10 +264,7 @@ class TextStream:
         known = yield from calls.enqueue_own(self._queue, jobs, self._job_settings)
         if self._job_settings.dedupe:  # also one that starts afresh: its stream has the entry of its failure
             known = frozenset(job.job_id for job in jobs)
-        ids = [job_id for job_id in dict.fromkeys(job.job_id for job in jobs) if job_id not in under_way]
-        return Enqueued(
-            [job_id for job_id in ids if job_id not in known], [job_id for job_id in ids if job_id in known]
-        )
+        return WaitFor.enqueued((job.job_id for job in jobs if job.job_id not in under_way), known)
 
     def _forget_commands(self, job_ids: Sequence[str]) -> list[tuple[Any, ...]]:
         job_keys = [key for job_id in job_ids for key in (keys.job(job_id), keys.results(job_id))]

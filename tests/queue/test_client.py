@@ -558,7 +558,7 @@ def test_cancel_tells_the_worker_that_has_the_job_at_once(queue: EmbedQueue) -> 
     mine, waiting = queue.enqueue("a"), queue.enqueue("b")
     ClaimStore(queue._client, "w", 30).claim(["embed"], 1, 10**9)
     with queue._redis.pubsub(ignore_subscribe_messages=True) as channel:
-        channel.subscribe(keys.worker_commands("w"))
+        channel.subscribe(keys.worker_channel("w"))
         channel.get_message(timeout=5)
         waiting.cancel()
         mine.cancel()

@@ -19,7 +19,8 @@ from embedq.producer import (
     JobStatus,
     keys,
 )
-from tests.conftest import Drain
+from tests.conftest import Drain, until
+from tests.queue.test_worker import Start, start, workers  # noqa: F401
 
 TASK = "embedq.worker.tasks.embed"
 LATER = datetime(2090, 1, 31, 12, 0, 0, tzinfo=UTC)
@@ -65,6 +66,14 @@ def test_rqs_scheduler_puts_it_on_its_queue_when_its_time_has_come(queue: EmbedQ
     assert 0 < queue._redis.ttl(keys.job(job.id)) <= 70
     drain()
     assert len(job.result(timeout=0)) == 1
+
+
+def test_our_worker_runs_it_when_its_time_has_come(queue: EmbedQueue, start: Start) -> None:  # noqa: F811
+    start()
+    until(lambda: workers(queue))
+    job = queue.enqueue_in(0.3, "a", ttl=100)
+    assert job.status() is JobStatus.SCHEDULED
+    assert len(job.result(timeout=20)) == 1
 
 
 def test_a_delay_is_counted_by_the_servers_clock(queue: EmbedQueue) -> None:

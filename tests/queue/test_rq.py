@@ -72,7 +72,7 @@ def test_every_key_name_is_rqs(queue: EmbedQueue) -> None:
     worker = SimpleWorker(["q"], name="w", connection=queue._client)
     assert keys.worker("w") == worker.key
     assert keys.worker_executions("w") == worker.executions_key
-    assert keys.worker_commands("w") == worker.pubsub_channel_name
+    assert keys.worker_channel("w") == worker.pubsub_channel_name
     assert keys.group("g") == Group.get_key("g")
     assert keys.GROUPS == Group.REDIS_GROUP_KEY
     assert keys.WORKERS == rq.worker_registration.REDIS_WORKER_KEYS

@@ -28,7 +28,6 @@ from embedq.producer import (
     TextEmbedding,
     calls,
     keys,
-    streaming,
 )
 from embedq.producer.settings import JobSettings
 from embedq.producer.streaming import StreamSettings, TextStream
@@ -242,7 +241,7 @@ class Workers:
         self.waiting: dict[str, list[str]] = {}
         self.most_under_way = 0
 
-    def run(self, operation: calls.Operation[streaming.Enqueued]) -> None:
+    def run(self, operation: calls.Operation[calls.WaitFor]) -> None:
         try:
             step = next(operation)
             while True:
