@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ class NoopEncoder:
     placement = "cpu"
     max_seq_length = MAX_SEQ_LENGTH
     default_normalize = True
-    max_batch_tokens = 65_536
+    max_batch_tokens = 16_384
     calibration_digest = UNIT_DIGEST
 
     def __init__(self, embedding_dim: int) -> None:
@@ -81,12 +82,19 @@ class NoopEncoder:
         """One token a word and two more, as if for <s> and </s>."""
         if prompt:
             texts = [prompt + text for text in texts]
-        return [self._tokenize_one(index, text, truncate, truncation_side) for index, text in enumerate(texts)]
+        counts = [len(text.split()) + _SPECIAL_TOKENS for text in texts]
+        if max(counts, default=0) > MAX_SEQ_LENGTH:
+            return [self._tokenize_one(index, text, truncate, truncation_side) for index, text in enumerate(texts)]
+        ids = np.frombuffer(
+            b"".join([_ids(index, texts[index], count) for index, count in enumerate(counts)]), np.int32
+        )
+        ends = list(accumulate(counts))
+        return [TokenizedText(ids[end - count : end], False) for end, count in zip(ends, counts, strict=True)]
 
     def _tokenize_one(self, index: int, text: str, truncate: bool, side: TruncationSide) -> TokenizedText:
         words = text.split()
         if len(words) <= MAX_SEQ_LENGTH - _SPECIAL_TOKENS:
-            return TokenizedText(_ids(index, text, len(words)), False)
+            return _tokenized(index, text, len(words), False)
         if not truncate:
             raise TextTooLongError(
                 f"text {index} has {len(words) + _SPECIAL_TOKENS} tokens, {self.name} takes {MAX_SEQ_LENGTH}", index
@@ -94,7 +102,7 @@ class NoopEncoder:
         room = MAX_SEQ_LENGTH - _SPECIAL_TOKENS
         words = words[:room] if side == "right" else words[-room:]
         # Like a real model: what was cut away has no say in the vector.
-        return TokenizedText(_ids(index, " ".join(words), room), True)
+        return _tokenized(index, " ".join(words), room, True)
 
     def tokenize_windows(
         self, texts: Sequence[str], *, prompt: str = "", overlap: int | None = None
@@ -108,13 +116,13 @@ class NoopEncoder:
         whole = prompt + text
         num_words = len(whole.split())
         if num_words <= MAX_SEQ_LENGTH - _SPECIAL_TOKENS:
-            return ChunkedText([TokenizedText(_ids(index, whole, num_words), False)], num_words + _SPECIAL_TOKENS)
+            return ChunkedText([_tokenized(index, whole, num_words, False)], num_words + _SPECIAL_TOKENS)
         words = text.split()
         check_num_tokens(len(words), index, room, overlap)
         prompt_words = prompt.split()
         windows = [[*prompt_words, *words[start : start + room]] for start in window_starts(len(words), room, overlap)]
         return ChunkedText(
-            [TokenizedText(_ids(index, " ".join(window), len(window)), False) for window in windows],
+            [_tokenized(index, " ".join(window), len(window), False) for window in windows],
             len(prompt_words) + len(words) + _SPECIAL_TOKENS,
         )
 
@@ -176,10 +184,14 @@ class NoopEncoder:
         )
 
 
-def _ids(index: int, text: str, num_words: int) -> NDArray[np.int32]:
+def _tokenized(index: int, text: str, num_words: int, truncated: bool) -> TokenizedText:
+    return TokenizedText(np.frombuffer(_ids(index, text, num_words + _SPECIAL_TOKENS), np.int32), truncated)
+
+
+def _ids(index: int, text: str, num_tokens: int) -> bytes:
     """The text's hash in the first two, zeros for the rest. Raises ModelOptionError naming text `index`."""
     try:
         digest = blake2b(text.encode(), digest_size=NUM_TABLES).digest()
     except UnicodeEncodeError as err:
         raise ModelOptionError(f"text {index} is not valid Unicode: {err.reason}") from err
-    return np.frombuffer(digest + _PADDING_IDS[: 4 * num_words], dtype=np.int32)
+    return digest + _PADDING_IDS[: 4 * (num_tokens - _SPECIAL_TOKENS)]

@@ -31,7 +31,7 @@ def postprocess(
     precision: Precision = "float32",
     find_ranges: Callable[[int], Ranges] | None = None,
 ) -> NDArray[np.generic]:
-    """(n, d) in `precision` from (n, embedding_dim) float32; the input is left as it is.
+    """(n, d) in `precision` from (n, embedding_dim) float32; the input is left as it is, and given back if that is all.
 
     find_ranges: asked for the ranges of the d dimensions that int8 and uint8 are steps of, and for no others.
     """
@@ -39,8 +39,8 @@ def postprocess(
         vectors = _cut(vectors, dimensions)
     if normalize:
         vectors = normalize_rows(vectors)
-        if precision == "float32":
-            return vectors  # new already
+    if precision == "float32" and (normalize or dimensions is None):
+        return vectors
     ranges = find_ranges(vectors.shape[1]) if find_ranges and precision in CALIBRATED else None
     return quantize(vectors, precision, ranges)
 

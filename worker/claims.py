@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import pybase64
 import redis
-from redis.exceptions import NoScriptError
 
 from embedq.producer import keys, scripts, wire
 from embedq.producer.errors import JobFailedError
 from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S
+from embedq.worker.staging import StagedScript
 
 #: Bytes of a result from which it goes past the script's arguments.
 STAGE_FROM_BYTES = 32 * 1024
@@ -97,12 +97,12 @@ class ClaimStore:
     def __init__(self, client: redis.Redis, worker_name: str, lease_s: float) -> None:
         self.worker_name = worker_name
         self.lease_s = lease_s
-        self._client: Any = client
         self._nonce = _fresh_nonce()
         package = __package__ or "embedq.worker"
         prelude = scripts.source("embedq.producer", "common") + scripts.source(package, "common")
         self._claim = scripts.load(client, package, "claim", prelude)
         self._finish = scripts.load(client, package, "finish", prelude)
+        self._finish_staged = StagedScript(client, self._finish)
         self._release = scripts.load(client, package, "release", prelude)
         self._renew = scripts.load(client, package, "renew", prelude)
         self._recover = scripts.load(client, package, "recover", prelude)
@@ -125,47 +125,23 @@ class ClaimStore:
         return Claimed([_read_claim(fields, claimed_at) for fields in reply[2:]], state=reply[1].decode())
 
     def publish(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Those after which RQ has something to do; the rest needs nothing more. One round trip."""
+        """Those after which something is still to be done. One round trip."""
         args: list[Any] = [keys.PREFIX, self.worker_name, RESULT_TTL_S, FAILURE_TTL_S]
-        staged: list[Outcome] = []
+        streams: list[tuple[str, Sequence[Any]]] = []
         for outcome in outcomes:
             claim, payload = outcome.claim, outcome.payload
             if len(payload) >= STAGE_FROM_BYTES:
-                staged.append(outcome)
+                streams.append((keys.staged_results(claim.job_id, claim.execution_id), self._entry(outcome)))
                 payload = b""
             args += (outcome.kind, claim.queue, claim.job_id, claim.execution_id, payload, outcome.working_s)
-        replies = self._finish_staged(staged, args) if staged else self._finish(keys=[], args=args)
+        replies = self._finish_staged(streams, args) if streams else self._finish(keys=[], args=args)
         return [outcome for outcome, reply in zip(outcomes, replies, strict=True) if reply == 2]
 
-    def _finish_staged(self, staged: Sequence[Outcome], args: Sequence[Any]) -> list[int]:
-        """finish.lua in a transaction with the streams that it takes over.
-
-        A script's arguments are copied three times on the server; a large result goes past them, as a stream under
-        another name, which the script renames if the job is still this worker's.
-        """
-        try:
-            return self._send_staged(staged, args)
-        except NoScriptError:
-            self._client.script_load(self._finish.script)
-            return self._send_staged(staged, args)
-
-    def _send_staged(self, staged: Sequence[Outcome], args: Sequence[Any]) -> list[int]:
-        names = [keys.staged_results(outcome.claim.job_id, outcome.claim.execution_id) for outcome in staged]
-        with self._client.pipeline(transaction=True) as pipeline:
-            for name, outcome in zip(names, staged, strict=True):
-                pipeline.execute_command("XADD", name, "*", *self._entry(outcome))
-            pipeline.execute_command("EVALSHA", self._finish.sha, 0, *args)
-            # What the script did not take: of jobs that are another's by now, or all, if the server lacks the script.
-            pipeline.execute_command("DEL", *names)
-            return list(pipeline.execute()[len(names)])
-
-    def _entry(self, outcome: Outcome) -> list[Any]:
+    def _entry(self, outcome: Outcome) -> Sequence[Any]:
         """A result stream's entry as finish.lua writes it: name, value, ..."""
         kind, name = (1, "return_value") if outcome.kind == "finished" else (2, "exc_string")
-        return [
-            *("type", kind, "worker_name", self.worker_name, name, outcome.payload),
-            *("execution_id", outcome.claim.execution_id),
-        ]
+        execution_id = outcome.claim.execution_id
+        return "type", kind, "worker_name", self.worker_name, name, outcome.payload, "execution_id", execution_id
 
     def release(self, claims: Sequence[Claim]) -> int:
         """Back to the head of their queues, in the given order; how many were still ours."""

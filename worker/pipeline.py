@@ -20,7 +20,9 @@ from embedq.worker.planning import ReadyJob, ReadyTexts
 
 #: What one publication takes together: it holds the server up for some 10 ms.
 PUBLISH_JOBS = 512
-PUBLISH_BYTES = 4 * 1024 * 1024
+PUBLISH_BYTES = 8 * 1024 * 1024
+#: So many jobs do not wake the next stage's thread where nothing else is under way.
+FEW_JOBS = 8
 #: Threads that publish: while one waits for Redis, the other serializes.
 PUBLISHERS = 2
 #: Bytes of vectors that may wait to be published, beyond which nothing more is encoded.
@@ -155,11 +157,15 @@ class Pipeline:
         """num_tokens: about what they will come to."""
         with self._lock:
             self._check()
-            self._claimed.append((claims, num_tokens))
+            is_quiet = len(claims) <= FEW_JOBS and self._is_quiet()
             self._claimed_tokens += num_tokens
             self._num_jobs += len(claims)
             self._clock()
-            self._to_tokenize.notify()
+            if not is_quiet:
+                self._claimed.append((claims, num_tokens))
+                self._to_tokenize.notify()
+        if is_quiet:
+            self._make_ready(claims, num_tokens)
 
     def wait_until_empty(self, timeout_s: float) -> bool:
         """Until every job is published."""
@@ -209,11 +215,16 @@ class Pipeline:
         waiting = self._claimed_tokens + self._ready.tokens_ahead + self._next_tokens
         return waiting + bounds.max_batch_tokens <= bounds.prefetch_tokens and self._num_jobs < bounds.prefetch_jobs
 
+    def _is_quiet(self) -> bool:
+        """Whether nothing waits anywhere: then a few jobs are done sooner on the thread at hand than on the next one,
+        which would have to wake up first."""
+        return not (self._claimed_tokens or self._ready or self._next or self._is_encoding or self._outbox)
+
     def _clock(self) -> None:
         """Tells the device's clock whether there is work. The lock is held, as in all that follow."""
         if self._is_encoding:
             self.device_time.enter("encoding")
-        elif self._claimed or self._ready or self._next or not self._is_queue_empty:
+        elif self._claimed_tokens or self._ready or self._next or not self._is_queue_empty:
             self.device_time.enter("starved")
         else:
             self.device_time.enter("idle")
@@ -250,21 +261,25 @@ class Pipeline:
                     self._to_encode.notify()
                     continue
                 claims, estimate = self._claimed[0]
-            works, failed = self._stages.tokenize(claims)
-            jobs = [self._stages.ready_job(work) for work in works]
-            with self._lock:
+            self._make_ready(claims, estimate)
+
+    def _make_ready(self, claims: list[Claim], estimate: int) -> None:
+        works, failed = self._stages.tokenize(claims)
+        jobs = [self._stages.ready_job(work) for work in works]
+        with self._lock:
+            if self._claimed and self._claimed[0][0] is claims:
                 self._claimed.popleft()
-                self._claimed_tokens -= estimate
-                if not self._ready:
-                    self._ready_since = time.monotonic()
-                self._ready.add(jobs)
-                self._clock()
-                self._to_encode.notify()
-                # The texts may have come to fewer tokens than was thought.
-                self._to_feed.notify()
-                if failed:
-                    self._outbox.extend(failed)
-                    self._to_publish.notify()
+            self._claimed_tokens -= estimate
+            if not self._ready:
+                self._ready_since = time.monotonic()
+            self._ready.add(jobs)
+            self._clock()
+            self._to_encode.notify()
+            # The texts may have come to fewer tokens than was thought.
+            self._to_feed.notify()
+            if failed:
+                self._outbox.extend(failed)
+                self._to_publish.notify()
 
     def _can_plan(self) -> bool:
         """Only full micro-batches are cut ahead: one that is not may still grow."""
@@ -290,15 +305,19 @@ class Pipeline:
             with self._lock:
                 self._is_encoding = False
                 self._encode_time.learn(_num_tokens(batch), took_s)
-                self._outbox.extend(done)
-                self._outbox_bytes += sum([_num_bytes(work) for work in done])
+                is_quiet = len(done) <= FEW_JOBS and self._is_quiet()
+                if not is_quiet:
+                    self._outbox.extend(done)
+                    self._outbox_bytes += sum([_num_bytes(work) for work in done])
                 if any(work.failure is not None for work in done):
                     self._ready.discard(_is_wanted)
                     self._set_next([piece for piece in self._next or () if _is_wanted(piece)])
                 self._clock()
                 self._to_feed.notify()
-                if done:
+                if done and not is_quiet:
                     self._to_publish.notify()
+            if done and is_quiet:
+                self._hand_over(done)
 
     def _next_batch(self) -> list[Piece] | None:
         """Waits for it; None when the pipeline stops."""
@@ -354,10 +373,13 @@ class Pipeline:
                     return
                 done = self._some_done()
                 self._to_encode.notify()
-            self._stages.publish(done)
-            with self._lock:
-                self._num_jobs -= len(done)
-                self._to_feed.notify()
+            self._hand_over(done)
+
+    def _hand_over(self, done: Sequence[Done]) -> None:
+        self._stages.publish(done)
+        with self._lock:
+            self._num_jobs -= len(done)
+            self._to_feed.notify()
 
     def _some_done(self) -> list[Done]:
         some: list[Done] = []

@@ -64,6 +64,9 @@ class ReadyTexts:
     """
 
     max_batch_tokens: int
+    #: jobs that have no place in the order yet: where a micro-batch takes everything none needs one
+    _fresh: list[ReadyJob] = field(default_factory=list)
+    _num_fresh_tokens: int = 0
     _items: list[Any] = field(default_factory=list)
     _keys: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     _lengths: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
@@ -72,24 +75,56 @@ class ReadyTexts:
     _is_ahead: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
     #: micro-batches with later texts that went before each
     _passed: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    _num_tokens: int = 0
     #: tokens that have arrived, of each job no more than its turn
     _arrived: float = 0.0
 
-    def __len__(self) -> int:
-        return len(self._items)
+    def __bool__(self) -> bool:
+        return bool(self._items or self._fresh)
 
     @property
     def num_tokens(self) -> int:
-        return self._num_tokens
+        return int(self._lengths.sum()) + self._num_fresh_tokens
 
     @property
     def tokens_ahead(self) -> int:
         """Of each job no more than one micro-batch's worth: the rest gives way to what is claimed next."""
-        return int(self._lengths[self._is_ahead].sum())
+        fresh = sum([min(sum(job.lengths), self.max_batch_tokens) for job in self._fresh])
+        return int(self._lengths[self._is_ahead].sum()) + fresh
 
     def add(self, jobs: Sequence[ReadyJob]) -> None:
         """In the order of their arrival."""
+        self._fresh.extend(jobs)
+        self._num_fresh_tokens += sum([sum(job.lengths) for job in jobs])
+
+    def take(self, max_tokens: int | None = None) -> list[Any]:
+        """The items of the next micro-batch, of at most `max_tokens` (None: the budget) unless it is one text.
+
+        In the order of their arrival: a job's own stand together.
+        """
+        max_tokens = max_tokens or self.max_batch_tokens
+        if not self._items and self._num_fresh_tokens <= max_tokens and len({job.kind for job in self._fresh}) == 1:
+            return self._take_fresh()
+        self._put_in_order()
+        is_due = self._passed >= DUE_AFTER
+        first = np.lexsort((self._keys, ~is_due))[0]
+        alike = np.flatnonzero(self._kinds == self._kinds[first])
+        chosen = alike[choose(self._keys[alike], self._lengths[alike], is_due[alike], max_tokens)]
+        self._passed += self._keys < self._keys[chosen].max()
+        chosen.sort()
+        batch = [self._items[place] for place in chosen.tolist()]
+        left = np.ones(len(self._items), np.bool_)
+        left[chosen] = False
+        self._keep(np.flatnonzero(left))
+        return batch
+
+    def _take_fresh(self) -> list[Any]:
+        batch = [item for job in self._fresh for item in job.items]
+        self._fresh, self._num_fresh_tokens = [], 0
+        return batch
+
+    def _put_in_order(self) -> None:
+        """Gives the fresh jobs' texts their keys: the most urgent has the lowest."""
+        jobs = self._fresh
         if not jobs:
             return
         counts = np.array([len(job.lengths) for job in jobs])
@@ -101,49 +136,28 @@ class ReadyTexts:
         arrivals = self._arrived + np.cumsum(turns) - turns + ranks
         before = np.cumsum(lengths) - lengths  # (texts,) tokens ahead of each; from the next line on of its own job
         before -= np.repeat(before[starts], counts)
-        keys = before + np.repeat(arrivals, counts)
-        for job in jobs:
-            self._items.extend(job.items)
+        self._items += self._take_fresh()
         self._arrived += float(turns.sum())
-        self._num_tokens += int(totals.sum())
-        self._keys = np.concatenate((self._keys, keys))
+        self._keys = np.concatenate((self._keys, before + np.repeat(arrivals, counts)))
         self._lengths = np.concatenate((self._lengths, lengths))
         self._kinds = np.concatenate((self._kinds, np.repeat([job.kind for job in jobs], counts)))
         self._is_ahead = np.concatenate((self._is_ahead, before < self.max_batch_tokens))
         self._passed = np.concatenate((self._passed, np.zeros(len(lengths), np.int64)))
 
-    def take(self, max_tokens: int | None = None) -> list[Any]:
-        """The items of the next micro-batch, of at most `max_tokens` (None: the budget) unless it is one text.
-
-        In the order of their arrival: a job's own stand together.
-        """
-        is_due = self._passed >= DUE_AFTER
-        first = np.lexsort((self._keys, ~is_due))[0]
-        alike = np.flatnonzero(self._kinds == self._kinds[first])
-        chosen = alike[
-            choose(self._keys[alike], self._lengths[alike], is_due[alike], max_tokens or self.max_batch_tokens)
-        ]
-        self._passed += self._keys < self._keys[chosen].max()
-        chosen.sort()
-        batch = [self._items[place] for place in chosen.tolist()]
-        left = np.ones(len(self._items), np.bool_)
-        left[chosen] = False
-        self._keep(np.flatnonzero(left))
-        return batch
-
     def first(self) -> Any:
         """The most urgent item."""
+        self._put_in_order()
         return self._items[np.lexsort((self._keys, self._passed < DUE_AFTER))[0]]
 
     def discard(self, is_wanted: Callable[[Any], bool]) -> None:
         """Drops the items for which `is_wanted` is false."""
+        self._put_in_order()
         self._keep(np.array([place for place, item in enumerate(self._items) if is_wanted(item)], np.int64))
 
     def _keep(self, places: NDArray[np.int64]) -> None:
         self._items = [self._items[place] for place in places.tolist()]
         self._keys, self._passed, self._is_ahead = self._keys[places], self._passed[places], self._is_ahead[places]
         self._lengths, self._kinds = self._lengths[places], self._kinds[places]
-        self._num_tokens = int(self._lengths.sum())
 
 
 class QueueTurns:

@@ -37,7 +37,7 @@ from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
 from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
-from embedq.worker.memory import keep_freed_memory
+from embedq.worker.memory import keep_freed_memory, rare_collections
 from embedq.worker.pipeline import Bounds, Pipeline
 from embedq.worker.planning import QueueTurns
 from embedq.worker.promotion import Promoter
@@ -131,6 +131,7 @@ class EmbedWorker(SimpleWorker):
             on_exit.callback(self._leave)
             self._register(logging_level, date_format, log_format)
             self.leases.start()
+            on_exit.enter_context(rare_collections())
             on_exit.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(SWITCH_INTERVAL_S)
             return self._work(burst, max_jobs, max_idle_time) > 0

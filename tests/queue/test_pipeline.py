@@ -15,7 +15,7 @@ from embedq.producer.wire import EmbedRequest
 from embedq.worker import pipeline as pipelines
 from embedq.worker.claims import Claim, Outcome
 from embedq.worker.engine import Engine, Piece, Work
-from embedq.worker.pipeline import Bounds, Done, Pipeline
+from embedq.worker.pipeline import FEW_JOBS, Bounds, Done, Pipeline
 from embedq.worker.planning import ReadyJob
 from tests.conftest import until
 
@@ -158,9 +158,10 @@ def test_the_device_waits_while_too_much_is_unpublished(
     assert pipeline.wait_until_empty(20)
 
 
+@pytest.mark.parametrize("number", [1, FEW_JOBS + 1])  # on the thread at hand, and on the stage's own
 @pytest.mark.parametrize("stage", ["tokenize", "encode", "publish"])
 def test_what_a_stage_raises_ends_the_others_and_reaches_the_claiming_thread(
-    stages: Recorder, monkeypatch: pytest.MonkeyPatch, stage: str
+    stages: Recorder, monkeypatch: pytest.MonkeyPatch, stage: str, number: int
 ) -> None:
     told = threading.Event()
 
@@ -168,12 +169,16 @@ def test_what_a_stage_raises_ends_the_others_and_reaches_the_claiming_thread(
         raise MemoryError(f"no more in {stage}")
 
     monkeypatch.setattr(stages, stage, broken)
-    pipeline = Pipeline(stages, Bounds(max_batch_tokens=50, prefetch_tokens=200, prefetch_jobs=9), told.set)
+    pipeline = Pipeline(stages, Bounds(max_batch_tokens=50, prefetch_tokens=200, prefetch_jobs=99), told.set)
     pipeline.start()
-    pipeline.put([claim("job")], 5)
-    assert told.wait(20)
-    with pytest.raises(MemoryError, match=f"no more in {stage}"):
+
+    def feed() -> None:
+        pipeline.put([claim(f"job {n}") for n in range(number)], 5)
+        assert told.wait(20)
         pipeline.wait_until_empty(20)
+
+    with pytest.raises(MemoryError, match=f"no more in {stage}"):
+        feed()
     pipeline.stop()
     pipeline.check()  # told once
     assert not any(thread.is_alive() for thread in pipeline._threads)

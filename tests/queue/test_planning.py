@@ -82,6 +82,7 @@ def _stream(seed: int, budget: int) -> tuple[int, dict[Text, int]]:
             size = chance.choice([1, 1, 1, 2, 5, chance.randint(1, 300)])
             lengths = [chance.choice([3, 4, 5, chance.randint(3, min(384, budget))]) for _ in range(size)]
             ready.add([ready_job(job, lengths, chance.choice([0, 0, 0, 1]), chance.choice([0, 0, 1]))])
+            ready.first()  # gives them their keys
             waiting |= dict(zip(ready._items[-size:], ready._keys[-size:].tolist(), strict=True))
             job += 1
         if not ready:

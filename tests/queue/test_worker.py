@@ -78,7 +78,10 @@ def hanging_device(short_path: Path) -> list[str]:
         "import time\n"
         "from embedq.model import NoopEncoder\n"
         "from embedq.worker.cli import main\n"
-        "NoopEncoder.encode_tokens = lambda self, batch: time.sleep(20)\n"
+        "def hang(self, batch):\n"
+        "    print('on the device', flush=True)\n"
+        "    time.sleep(20)\n"
+        "NoopEncoder.encode_tokens = hang\n"
         "main()\n"
     )
     return [sys.executable, str(script)]
@@ -539,7 +542,7 @@ def test_a_grace_that_is_too_short_gives_the_jobs_back_and_says_so(
 ) -> None:
     job = queue.enqueue("text")
     worker = start("--grace-s", "0.5", program=hanging_device)
-    until(lambda: job.status() is JobStatus.STARTED)
+    until(lambda: "on the device" in worker.log.read_text())
     worker.send(signal.SIGTERM)
     status, output = worker.ended()
     assert status == 3, output
@@ -553,7 +556,7 @@ def test_a_second_signal_leaves_at_once_and_gives_the_jobs_back(
 ) -> None:
     job = queue.enqueue("text")
     worker = start(program=hanging_device)
-    until(lambda: job.status() is JobStatus.STARTED)
+    until(lambda: "on the device" in worker.log.read_text())
     worker.send(signal.SIGTERM)
     time.sleep(1.3)
     worker.send(signal.SIGTERM)
