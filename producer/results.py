@@ -38,7 +38,7 @@ class ResultReader:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         watch = Watch()
         ids = list(dict.fromkeys(job_ids))
-        if timeout_s != 0 and len(ids) <= WINDOW:
+        if timeout_s != 0 and 0 < len(ids) <= WINDOW:
             for job_id, outcome in self._glance(ids):
                 ids.remove(job_id)
                 yield job_id, outcome

@@ -41,13 +41,20 @@ def service() -> Iterator[str]:
 
 
 def test_the_clients_code_runs(service: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = next(block for block in blocks("python") if "EmbedQueue(" in block)
+    code = next(block for block in blocks("python") if "with EmbedQueue(" in block)
     assert '"redis://localhost:6379/0"' in code
     scope: dict[str, object] = {}
     exec(code.replace("redis://localhost:6379/0", service), scope)
     assert "(2, 768) float32 noop:768" in capsys.readouterr().out
     assert len(scope["outcomes"]) == 1000  # type: ignore[arg-type]
     assert not any(isinstance(outcome, Exception) for outcome in scope["outcomes"].values())  # type: ignore[attr-defined]
+
+
+def test_the_event_loops_code_runs(service: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = next(block for block in blocks("python") if "AsyncEmbedQueue(" in block)
+    assert '"redis://localhost:6379/0"' in code
+    exec(code.replace("redis://localhost:6379/0", service), {})
+    assert capsys.readouterr().out == "100 (1, 768)\n0 (768,)\n1 (768,)\n"
 
 
 @pytest.mark.real_model

@@ -157,7 +157,8 @@ class Pipeline:
         """num_tokens: about what they will come to."""
         with self._lock:
             self._check()
-            is_quiet = len(claims) <= FEW_JOBS and self._is_quiet()
+            is_small = len(claims) <= FEW_JOBS and num_tokens <= self._bounds.max_batch_tokens
+            is_quiet = is_small and self._is_quiet()
             self._claimed_tokens += num_tokens
             self._num_jobs += len(claims)
             self._clock()

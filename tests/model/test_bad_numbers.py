@@ -22,6 +22,7 @@ from embedq.model.embedder import Embedder
 from embedq.producer import EmbedOptions, JobFailedError
 from embedq.producer.wire import EmbedRequest
 from embedq.worker.engine import Engine
+from embedq.worker.planning import ReadyTexts
 
 Tensors = dict[str, torch.Tensor]
 #: Where the text's one odd token is looked up.
@@ -121,7 +122,9 @@ def test_in_a_worker_the_guilty_job_fails_alone(own_folder: Path) -> None:
     engine = Engine(load(own_folder, change=only_for_odd_token))
     assert VOCABULARY[ODD_ID] == "##i"
     works = [engine.tokenize(EmbedRequest(texts, EmbedOptions())) for texts in (["fox"], ["dog", "ai"], ["the fox"])]
-    [batch] = engine.plan(works)
+    ready = ReadyTexts(engine.max_batch_tokens)
+    ready.add([work.ready() for work in works])
+    batch = ready.take()
     engine.encode(batch)
     assert [work.failure is None for work in works] == [True, False, True]
     assert np.isfinite(engine.finish(works[0]).vectors).all()
