@@ -36,7 +36,9 @@ local function cancel(id)
   -- First what a server without memory refuses, so that it refuses before anything has changed.
   redis.call('HSET', key, 'status', 'canceled', 'ended_at', timestamp(), 'embedq_change', nonce .. ' ' .. status)
   redis.call('XADD', stream, 'MAXLEN', '~', 10, '*', 'type', 3, 'worker_name', '')
-  redis.call('LREM', prefix .. ':queue:' .. queue, 0, id)
+  if status == 'queued' then
+    redis.call('LREM', prefix .. ':queue:' .. queue, 1, id)
+  end
   redis.call('ZREM', prefix .. ':scheduled:' .. queue, id)
   redis.call('ZREM', prefix .. ':deferred:' .. queue, id)
   for _, execution in ipairs(redis.call('ZRANGE', prefix .. ':executions:' .. id, 0, -1)) do
@@ -54,7 +56,8 @@ local function cancel(id)
   if ttl > 0 then
     redis.call('EXPIRE', key, ttl)
     redis.call('EXPIRE', stream, ttl)
-    redis.call('ZREMRANGEBYSCORE', canceled, '-inf', '(' .. (now_s - ttl))
+    redis.call('EXPIRE', key .. ':dependents', ttl)
+    redis.call('ZREMRANGEBYSCORE', canceled, '-inf', '(' .. (now_s - math.max(ttl, default_ttl)))
   end
   return status
 end

@@ -43,13 +43,13 @@ def read_numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int
         raise click.BadParameter(f"{value!r} is not a list of whole numbers, as 10,60,300 is") from err
 
 
-def timeout_option(default: float) -> Callable[[Command], Command]:
+def timeout_option(default: float, meaning: str) -> Callable[[Command], Command]:
     return click.option(
         "--timeout",
         type=click.FloatRange(min=0),
         default=default,
         show_default=True,
-        help="Seconds to wait for the result; 0 only looks.",
+        help=meaning,
     )
 
 
@@ -173,7 +173,7 @@ def enqueue(
 )
 @embed_options
 @output_options
-@timeout_option(60)
+@timeout_option(60, "Seconds to wait; what is not done by then is canceled.")
 @queue_option
 @url_option
 def embed(
@@ -224,7 +224,7 @@ def status(job_ids: tuple[str, ...], url: str, as_json: bool) -> None:
 @click.command()
 @click.argument("job_id")
 @output_options
-@timeout_option(30)
+@timeout_option(30, "Seconds to wait for the result; 0 only looks.")
 @url_option
 def result(job_id: str, file_format: str, output_file: Path | None, timeout: float, url: str) -> None:
     """Fetch the embeddings of one job, waiting for it if need be.

@@ -44,7 +44,7 @@ end
 local function end_execution(prefix, queue, id, execution, worker)
   local pair = id .. ':' .. execution
   redis.call('ZREM', wip_key(prefix, queue), pair)
-  redis.call('ZREM', prefix .. ':executions:' .. id, execution)
+  redis.pcall('ZREM', prefix .. ':executions:' .. id, execution) -- which may be of another type
   redis.call('DEL', prefix .. ':execution:' .. pair)
   redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', pair)
 end

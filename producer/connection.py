@@ -78,12 +78,12 @@ def _settings(url: str, options: dict[str, Any]) -> dict[str, Any]:
 def _readable(url: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError) as err:
+    except (ValueError, TypeError):
         # The reason may quote a piece of the password.
         raise ConfigurationError(
             f"the Redis URL {without_secrets(url)} cannot be read: check host, port and database, and write"
             " special characters of user and password as %XX"
-        ) from err
+        ) from None
 
 
 def check_client(client: Client) -> Client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 
@@ -49,8 +50,13 @@ def embed(
             if err.text_index is None:
                 raise
             raise err.of_text(places[err.text_index]) from err
+        if any(part is not None and not part.is_like(whole) for part in parts):
+            # The fleet serves other weights by now: nothing of what is kept goes with them.
+            missing, places = everything, list(range(len(everything)))
+            whole = yield from _embed(queue, missing, options, settings, timeout_s)
         found = whole.split()
-        yield from cache.store(zip(missing, found, strict=True))
+        with contextlib.suppress(EmbedqError):  # a cache that cannot be written costs no result
+            yield from cache.store(zip(missing, found, strict=True))
         for place, part in zip(places, found, strict=True):
             parts[place] = part
     return Embeddings.concatenate([part for part in parts if part is not None])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from embedq.producer.errors import MixedResultsError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -59,6 +61,14 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.num_tokens)
 
+    def is_like(self, other: Embeddings) -> bool:
+        """Whether the vectors of both may stand in one array."""
+        return self._source == other._source
+
+    @property
+    def _source(self) -> str:
+        return f"{self.model} {self.revision} ({self.output}, {self.vectors.shape[1]} x {self.vectors.dtype})"
+
     def split(self) -> list[Embeddings]:
         """One result a text, all else as in this one."""
         rows = self.tokens if self.output == "tokens" else [self.vectors[i : i + 1] for i in range(len(self))]
@@ -69,9 +79,17 @@ class Embeddings:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """Several jobs' results as one, in the given order; times are summed, `total_s` is the longest."""
+        """Several jobs' results as one, in the given order; times are summed, `total_s` is the longest.
+
+        Raises MixedResultsError where they are of different models, weights, widths or types.
+        """
         if len(parts) == 1:
             return parts[0]
+        if other := next((part for part in parts if not part.is_like(parts[0])), None):
+            raise MixedResultsError(
+                f"the texts were embedded by {parts[0]._source} and by {other._source}; vectors of different models"
+                " do not go together: name the model, or let the fleet serve one"
+            )
         import numpy as np
 
         times = [part.timings for part in parts]

@@ -18,6 +18,8 @@
 -- Returns {'done', the ids that were there already...}, or with nothing written {'taken', the ids of jobs with other
 -- data...}, {'full', jobs on the queue} or {'missing', the dependencies that do not exist...}.
 
+local LINGER_S = 60 -- for which a result that dedupe finds is kept at least
+
 local prefix, queue, push, ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local max_depth, is_hash, when, group = tonumber(ARGV[5]), ARGV[6] == '1', ARGV[7], ARGV[9]
 local first_shared = 12 + tonumber(ARGV[10])
@@ -37,6 +39,15 @@ end
 
 -- Mostly no id is there, which one command tells.
 local fresh, known, taken, again = {}, {'done'}, {'taken'}, {}
+-- A result that is told of is there for a while yet.
+local function linger(id, key, status)
+  local left = status == 'finished' and redis.call('TTL', key) or -1
+  if left >= 0 and left < LINGER_S then
+    redis.call('EXPIRE', key, LINGER_S)
+    redis.call('EXPIRE', prefix .. ':results:' .. id, LINGER_S)
+  end
+end
+
 local any_is_there = redis.call('EXISTS', unpack(job_keys)) > 0
 for place, key in ipairs(job_keys) do
   if not any_is_there or redis.call('EXISTS', key) == 0 then
@@ -50,6 +61,7 @@ for place, key in ipairs(job_keys) do
       again[place] = fields[3] or queue
     else
       known[#known + 1] = ids[place]
+      linger(ids[place], key, fields[2])
     end
   end
 end
@@ -110,6 +122,7 @@ local function renew(id, key, its_queue)
   redis.call('ZREM', prefix .. ':canceled:' .. its_queue, id)
   redis.call('HSET', key, 'started_at', '', 'ended_at', '', 'worker_name', '')
   redis.call('PERSIST', key)
+  redis.call('PERSIST', key .. ':dependents')
 end
 
 local function depend(id)
@@ -118,7 +131,8 @@ local function depend(id)
     local dependents = job_prefix .. ARGV[i] .. ':dependents'
     redis.call('SADD', dependents, id)
     local left = redis.call('TTL', job_prefix .. ARGV[i])
-    if left > 0 then -- the dependency has failed, and its keys go together
+    -- That of one that has failed: its keys go together. One that waits has a time to live of another kind.
+    if left > 0 and has_failed(redis.call('HGET', job_prefix .. ARGV[i], 'status')) then
       redis.call('EXPIRE', dependents, left)
     end
   end
@@ -128,6 +142,11 @@ end
 local queued = {}
 for _, place in ipairs(fresh) do
   local i, id, key = first_job + 4 * place - 4, ids[place], job_keys[place]
+  if again[place] then
+    -- What the earlier call asked for and this one does not.
+    redis.call('HDEL', key, 'ttl', 'retry_intervals', 'group_id', 'enqueue_at_front', 'success_callback_name',
+      'failure_callback_name', 'dependency_id', 'dependency_ids')
+  end
   redis.call('HSET', key, 'data', ARGV[i + 1], 'description', ARGV[i + 2], 'embedq_texts', ARGV[i + 3], unpack(shared))
   if again[place] then
     renew(id, key, again[place])

@@ -17,6 +17,7 @@
     ├── JobCanceledError                     somebody canceled the job that is waited for
     ├── JobFailedError                       a worker gave up on the job                   (code, retryable, text_index)
     ├── ResultTimeoutError (TimeoutError)    no result yet; the job goes on                (retryable)
+    ├── MixedResultsError                    parts of one result are of different models   (retryable)
     └── WireError                            bytes in Redis that are not a request or result of ours
 
 Every message is one line and says what to do.
@@ -182,6 +183,11 @@ _FAILURE_LINE = re.compile(
 
 class ResultTimeoutError(EmbedqError, TimeoutError):
     code = "result_timeout"
+    retryable = True
+
+
+class MixedResultsError(EmbedqError):
+    code = "mixed_results"
     retryable = True
 
 

@@ -31,6 +31,8 @@ Outcome = Embeddings | EmbedqError
 LOOK_AGAIN_S = 2.0
 
 _SUCCESSFUL, _STOPPED, RETRIED = b"1", b"3", b"4"  # of rq.results.Result.Type
+#: What precedes a job's id in the name of its stream.
+_RESULTS = keys.results("")
 #: What precedes every entry of a stream.
 BEFORE_ALL = b"0-0"
 
@@ -66,7 +68,7 @@ class Watch:
 
     def rotate(self, number: int) -> None:
         """Puts the first so many behind the others."""
-        for job_id in self.ids()[:number]:
+        for job_id in list(itertools.islice(self._last, number)):
             self._last[job_id] = self._last.pop(job_id)
 
     def streams(self, at_most: int | None = None) -> dict[str, bytes]:
@@ -75,9 +77,8 @@ class Watch:
 
     def news(self, reply: Any) -> Iterator[tuple[str, Outcome]]:
         """Outcomes of the jobs that XREAD's reply tells of; they are watched no longer."""
-        ids = {keys.results(job_id).encode(): job_id for job_id in self._last}
         for key, entries in _streams(reply):
-            job_id = ids[key]
+            job_id = key.decode().removeprefix(_RESULTS)
             entry_id, fields = entries[-1]
             if fields.get(b"type") == RETRIED:
                 self._last[job_id] = entry_id

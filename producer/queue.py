@@ -217,7 +217,7 @@ class EmbedQueue:
 
     def results(self, job_ids: Iterable[str], timeout: float | None = 30) -> dict[str, Outcome]:
         """Each job's embeddings, or the error that `result` would raise for it."""
-        ids = [check_job_id(job_id) for job_id in job_ids]
+        ids = list(job_ids_of(job_ids))
         found = dict(self._outcomes(ids, timeout))
         return {job_id: found[job_id] for job_id in ids}
 

@@ -46,6 +46,9 @@ class ResultReader:
             yield from self.look(watch, ids[start : start + WINDOW])
         while watch and (left_s := deadline - time.monotonic()) > 0:
             yield from self.read(watch, left_s)
+        if timeout_s != 0:
+            # What was not in the window that was read last.
+            yield from self.look(watch, watch.ids())
         yield from ((job_id, timed_out(job_id, timeout_s)) for job_id in watch.ids())
 
     def read(self, watch: Watch, block_s: float) -> list[tuple[str, Outcome]]:

@@ -6,7 +6,7 @@ Knows pipelines and scripts of `redis.asyncio`; knows no jobs. A command of many
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +42,8 @@ class RoundTrips:
         #: Set when nothing is under way.
         self._is_quiet = asyncio.Event()
         self._loading = asyncio.Lock()
-        self._num_loads = 0
+        #: by the script's hash
+        self._num_loads: Counter[str] = Counter()
 
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
         """The replies. Raises redis.RedisError, also for one command that Redis refuses; once closed
@@ -50,16 +51,12 @@ class RoundTrips:
         """
         if self._is_closed:
             raise closed()
+        # Never in the caller's own task: redis-py's timeouts may swallow its cancellation (see `tasks`).
+        question = _Question(commands, asyncio.get_running_loop().create_future())
+        self._waiting.append(question)
         if self._num_busy < MAX_CONNECTIONS:
-            self._num_busy += 1
-            try:
-                replies = await self._go(commands)
-            finally:
-                self._end_turn()
-        else:
-            question = _Question(commands, asyncio.get_running_loop().create_future())
-            self._waiting.append(question)
-            replies = await question.answer
+            self._start_turn()
+        replies = await question.answer
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
@@ -68,7 +65,7 @@ class RoundTrips:
     async def run(self, script: Any, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
         """One call of a script of `scripts.load`. Raises redis.RedisError."""
         command = ("EVALSHA", script.sha, len(script_keys), *script_keys, *args)
-        num_loads = self._num_loads
+        num_loads = self._num_loads[script.sha]
         try:
             return (await self.ask([command]))[0]
         except redis.exceptions.NoScriptError:
@@ -89,9 +86,9 @@ class RoundTrips:
     async def _load(self, script: Any, num_loads: int) -> None:
         """Loads a script, unless one was since `num_loads`: thousands of calls may miss it at once."""
         async with self._loading:
-            if self._num_loads == num_loads:
+            if self._num_loads[script.sha] == num_loads:
                 await self.ask([("SCRIPT LOAD", script.script)])
-                self._num_loads += 1
+                self._num_loads[script.sha] += 1
 
     async def _go(self, commands: Sequence[Command]) -> list[Any]:
         """One round trip."""
@@ -102,21 +99,24 @@ class RoundTrips:
             pipeline.execute_command(*command)
         return list(await pipeline.execute(raise_on_error=False))
 
-    def _end_turn(self, task: asyncio.Task[None] | None = None) -> None:
+    def _start_turn(self) -> None:
+        self._num_busy += 1
+        task = asyncio.create_task(self._answer_all(self._next_batch()), name="embedq round trips")
+        self._tasks.add(task)
+        task.add_done_callback(self._end_turn)
+
+    def _end_turn(self, task: asyncio.Task[None]) -> None:
         """A connection is free: it goes to those who wait, if any."""
-        if task is not None:
-            self._tasks.discard(task)
+        self._tasks.discard(task)
         self._num_busy -= 1
         if self._waiting:
-            self._num_busy += 1
-            task = asyncio.create_task(self._answer_all(), name="embedq round trips")
-            self._tasks.add(task)
-            task.add_done_callback(self._end_turn)
+            self._start_turn()
         elif not self._num_busy:
             self._is_quiet.set()
 
-    async def _answer_all(self) -> None:
-        while batch := self._next_batch():
+    async def _answer_all(self, batch: list[_Question]) -> None:
+        """This batch, and what waits when it is done."""
+        while batch:
             try:
                 replies = iter(await self._go([command for question in batch for command in question.commands]))
                 for question in batch:
@@ -131,6 +131,7 @@ class RoundTrips:
                 for question in batch:
                     question.answer.cancel()
                 raise
+            batch = self._next_batch()
 
     def _next_batch(self) -> list[_Question]:
         batch: list[_Question] = []

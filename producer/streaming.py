@@ -6,6 +6,7 @@ came to, and hands out results. Whoever has a connection, blocking or awaited, w
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from embedq.producer import calls, keys, requests
 from embedq.producer.calls import Commands, News, Operation, Step, WaitFor
 from embedq.producer.checks import is_int, one_of, shown
-from embedq.producer.embedding import EMBED_RESULT_TTL_S, usual_texts_per_job
+from embedq.producer.embedding import usual_texts_per_job
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, InvalidOptionError, InvalidTextError, JobFailedError, ResultTimeoutError
 from embedq.producer.options import MAX_TEXTS_PER_JOB, EmbedOptions, check_text
@@ -109,8 +110,7 @@ def open_stream(
 ) -> TextStream:
     """See `EmbedQueue.embed_stream`. Raises InvalidOptionError."""
     is_private = not keywords.keys() & SHARING_KEYWORDS
-    lasting: EnqueueKeywords = {} if is_private else {"result_ttl": EMBED_RESULT_TTL_S}
-    options, job_settings = split_keywords({**defaults, **lasting, **keywords})
+    options, job_settings = split_keywords({**defaults, **keywords})
     settings = StreamSettings(
         window=window,
         ordered=ordered,
@@ -232,7 +232,8 @@ class TextStream:
                     innocent.places.extend(rest.places)
                     innocent.texts.extend(rest.texts)
         if self._cache is not None and entries:
-            yield from self._cache.store(entries)
+            with contextlib.suppress(EmbedqError):  # a cache that cannot be written costs no result
+                yield from self._cache.store(entries)
         if self._settings.forget and read:
             yield Commands(self._forget_commands(read))
         return (yield from self._enqueue(*innocent))

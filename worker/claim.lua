@@ -19,6 +19,7 @@
 
 local BYTES_PER_TEXT = 8 -- so that a job of many empty texts, which compress to nothing, is not free
 local LOOK_AHEAD = 100 -- ids read off a list at a time
+local MAX_LOOKS = 10000 -- ids looked at in one call, however many of them are jobs that vanished
 
 local prefix, worker, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local max_jobs, max_bytes, nonce = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
@@ -33,7 +34,7 @@ end
 local function tell_again()
   local places, jobs = {}, {}
   for _, pair in ipairs(redis.call('SMEMBERS', KEYS[3])) do
-    local id, execution = string.match(pair, '^([^:]*):(.*)$')
+    local id, execution = string.match(pair, '^(.*):([^:]*)$')
     if id and string.sub(execution, 1, #nonce + 1) == nonce .. '-' then
       local queue = redis.call('HGET', prefix .. ':execution:' .. pair, 'queue')
       local fields = redis.call('HMGET', prefix .. ':job:' .. id, 'status', 'data', 'enqueued_at')
@@ -74,14 +75,19 @@ local function claim(queue, id)
   if fields.err or (status or 'queued') ~= 'queued' or (not status and call('EXISTS', key) == 0) then
     return
   end
-  num_claimed = num_claimed + 1
-  local execution = nonce .. '-' .. num_claimed
+  local execution = nonce .. '-' .. num_claimed + 1
   local pair = id .. ':' .. execution
   local record, records = execution_prefix .. pair, executions_prefix .. id
+  -- First what may raise: the key may be of another type.
+  local reply = redis.pcall('ZADD', records, keep_until, execution)
+  if type(reply) == 'table' and reply.err then
+    call('DEL', records)
+    call('ZADD', records, keep_until, execution)
+  end
+  num_claimed = num_claimed + 1
   call('HSET', record, 'id', execution, 'job_id', id, 'worker_name', worker, 'queue', queue, 'created_at', second,
     'last_heartbeat', second)
   call('EXPIRE', record, keep)
-  call('ZADD', records, keep_until, execution)
   call('EXPIRE', records, keep)
   call('HSET', key, 'status', 'started', 'started_at', now, 'last_heartbeat', now, 'worker_name', worker, 'origin', queue)
   call('PERSIST', key)
@@ -92,16 +98,19 @@ local function claim(queue, id)
   bytes = bytes + math.max(data and #data or 0, BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
 end
 
+local looked = 0
+
 -- Claims from the head of one list; false once enough is claimed.
 local function drain(list, queue)
   while true do
     local ids = redis.call('LRANGE', list, 0, LOOK_AHEAD - 1)
     local taken = 0
     for _, id in ipairs(ids) do
-      if num_claimed >= max_jobs or bytes >= max_bytes then
+      if num_claimed >= max_jobs or bytes >= max_bytes or looked >= MAX_LOOKS then
         break
       end
       claim(queue, id)
+      looked = looked + 1
       taken = taken + 1
     end
     if taken > 0 then

@@ -174,7 +174,8 @@ def _fresh_nonce() -> str:
 def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:
     queue, job_id, execution_id, data, enqueued_at = fields
     waited_s = _seconds_since(enqueued_at, claimed_at)
-    return Claim(queue.decode(), job_id.decode(), execution_id.decode(), data or b"", waited_s)
+    # An id that is no UTF-8 is none of ours: what is done under another name changes nothing.
+    return Claim(queue.decode(), job_id.decode(errors="replace"), execution_id.decode(), data or b"", waited_s)
 
 
 def _seconds_since(moment: bytes, now: float) -> float:

@@ -52,7 +52,7 @@ Exit status:
   0  done
   1  the job failed or was canceled, or another error
   2  wrong usage: an option, a text, a URL or a setting that cannot work
-  3  no such job, or it has expired
+  3  no such job, or it has expired; of a worker: its grace was too short
   4  no result in time
   5  Redis cannot be reached, or refuses
   6  the model cannot be had, read or run

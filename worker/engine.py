@@ -97,20 +97,23 @@ class Work:
             return (False,) * len(self.num_tokens)
         return tuple([text.truncated for text in self.tokens])
 
+    def reserve(self, num_rows: int, like: NDArray[Any]) -> None:
+        """Room for all rows, of the width and type of `like`. Filling cannot fail then."""
+        if self.vectors is None:
+            self.vectors = np.empty((num_rows, like.shape[1]), like.dtype)
+
     def fill(self, places: Sequence[int], rows: NDArray[np.float32]) -> None:
         """The vectors (k, embedding_dim) of k pieces."""
         self.missing -= len(places)
         if len(places) == len(self.tokens):
             self.vectors = rows
             return
-        if self.vectors is None:
-            self.vectors = np.empty((len(self.tokens), rows.shape[1]), np.float32)
+        assert self.vectors is not None  # reserved before
         self.vectors[list(places)] = rows
 
     def fill_states(self, place: int, rows: NDArray[np.generic]) -> None:
         """The vectors (num_tokens, d) of one piece's tokens, as the result has them."""
-        if self.vectors is None:
-            self.vectors = np.empty((sum(self.num_tokens), rows.shape[1]), rows.dtype)
+        assert self.vectors is not None  # reserved before
         start = sum(self.num_tokens[:place])
         self.vectors[start : start + len(rows)] = rows
         self.missing -= 1
@@ -352,29 +355,29 @@ class Engine:
         """A batch that raises is halved until the guilty text stands alone."""
         try:
             self._encode(pieces)
+            return
         except Exception as err:
             if len(pieces) == 1:
                 work, place = pieces[0]
                 work.failure = _encode_failure(err, work.texts[place])
                 return
             logger.warning("a micro-batch of %d texts failed (%s); trying its halves", len(pieces), type(err).__name__)
-            middle = len(pieces) // 2
-            self._encode_isolating(pieces[:middle])
-            self._encode_isolating(pieces[middle:])
+        # Not in the handler: the error holds everything that the failed attempt had in memory.
+        middle = len(pieces) // 2
+        self._encode_isolating(pieces[:middle])
+        self._encode_isolating(pieces[middle:])
 
     def _encode(self, pieces: Sequence[Piece]) -> None:
-        """Fills the jobs' rows. A job with a vector that is not finite fails."""
+        """Fills the jobs' rows, all or none. A job with a vector that is not finite fails."""
         tokens = [work.tokens[place] for work, place in pieces]
         if pieces[0][0].output == "tokens":
-            for (work, place), states in zip(pieces, self.encoder.encode_states(tokens), strict=True):
-                finished = self._postprocess(states, work.request.options)
-                if np.isfinite(finished).all():
-                    work.fill_states(place, finished)
-                else:
-                    _fail_not_finite(work, place)
+            self._encode_states(pieces, tokens)
             return
         vectors = self.encoder.encode_tokens(tokens)
         finite = _finite_rows(vectors)
+        for work, number in Counter([work for work, _ in pieces]).items():
+            if number < len(work.tokens):
+                work.reserve(len(work.tokens), vectors)
         start = 0
         for work, run in itertools.groupby(pieces, key=itemgetter(0)):
             places = [place for _, place in run]
@@ -384,6 +387,20 @@ class Engine:
             else:
                 work.fill(places, vectors[start:end])
             start = end
+
+    def _encode_states(self, pieces: Sequence[Piece], tokens: Sequence[TokenizedText]) -> None:
+        all_states = self.encoder.encode_states(tokens)
+        finished = [
+            self._postprocess(states, work.request.options)
+            for (work, _), states in zip(pieces, all_states, strict=True)
+        ]
+        for (work, _), states in zip(pieces, finished, strict=True):
+            work.reserve(sum(work.num_tokens), states)
+        for (work, place), states in zip(pieces, finished, strict=True):
+            if np.isfinite(states).all():
+                work.fill_states(place, states)
+            else:
+                _fail_not_finite(work, place)
 
 
 def _grouped(options: Sequence[EmbedOptions]) -> Iterator[list[int]]:

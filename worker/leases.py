@@ -92,9 +92,6 @@ class LeaseKeeper:
                 if now >= next_recovery:
                     self.recover()
                     next_recovery = now + recover_every_s
-                if now >= next_tick:
-                    next_tick = now + TICK_EVERY_S
-                    self._on_tick()
                 failing = False
             except Exception as err:
                 # Whatever it was: without this thread the worker would go on with leases that run out. Tried again
@@ -105,7 +102,19 @@ class LeaseKeeper:
                     logger.log(logging.DEBUG if failing else logging.WARNING, "leases could not be renewed: %s", err)
                 failing = True
                 next_renewal = next_recovery = now + every_s / RENEWALS
+            if now >= next_tick:
+                next_tick = now + TICK_EVERY_S
+                self._tick()
             self._stop.wait(max(0.05, min(next_renewal, next_recovery, next_tick) - time.monotonic()))
+
+    def _tick(self) -> None:
+        """Whatever becomes of it, the leases are renewed in time."""
+        try:
+            self._on_tick()
+        except redis.RedisError as err:
+            logger.warning("what is done each second could not be done: %s", err)
+        except Exception:
+            logger.exception("what is done each second could not be done")
 
     def renew(self, claims: Sequence[Claim] | None = None) -> None:
         """One round: extends what is held, or only some of it, and learns what is lost."""

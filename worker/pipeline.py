@@ -23,6 +23,11 @@ PUBLISH_JOBS = 512
 PUBLISH_BYTES = 8 * 1024 * 1024
 #: So many jobs do not wake the next stage's thread where nothing else is under way.
 FEW_JOBS = 8
+#: Seconds for which jobs gather at most before they are claimed, however long micro-batches take.
+MAX_GATHER_S = 0.1
+#: Jobs of more than a micro-batch that may be open at once. What is beyond their first micro-batch gives way to other
+#: jobs and does not count as claimed ahead; without a bound a worker would begin many and finish none.
+MAX_LONG_JOBS = 4
 #: Threads that publish: while one waits for Redis, the other serializes.
 PUBLISHERS = 2
 #: Bytes of vectors that may wait to be published, beyond which nothing more is encoded.
@@ -178,7 +183,7 @@ class Pipeline:
     def wait_while_encoding(self, share: float) -> None:
         """For a share of what a full micro-batch takes, or until the device is free."""
         with self._lock:
-            timeout_s = share * self._encode_time.seconds(self._bounds.max_batch_tokens)
+            timeout_s = min(MAX_GATHER_S, share * self._encode_time.seconds(self._bounds.max_batch_tokens))
             self._to_feed.wait_for(lambda: self._is_stopping or not self._is_encoding, timeout_s)
             self._check()
 
@@ -214,7 +219,11 @@ class Pipeline:
     def _has_room(self) -> bool:
         bounds = self._bounds
         waiting = self._claimed_tokens + self._ready.tokens_ahead + self._next_tokens
-        return waiting + bounds.max_batch_tokens <= bounds.prefetch_tokens and self._num_jobs < bounds.prefetch_jobs
+        return (
+            waiting + bounds.max_batch_tokens <= bounds.prefetch_tokens
+            and self._num_jobs < bounds.prefetch_jobs
+            and self._ready.num_long_jobs < MAX_LONG_JOBS
+        )
 
     def _is_quiet(self) -> bool:
         """Whether nothing waits anywhere: then a few jobs are done sooner on the thread at hand than on the next one,

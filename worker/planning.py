@@ -73,6 +73,8 @@ class ReadyTexts:
     _kinds: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     #: whether each counts as claimed ahead: of a job only the first micro-batch's worth
     _is_ahead: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+    #: whether each is the last of a job of more than that
+    _ends_long_job: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
     #: micro-batches with later texts that went before each
     _passed: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     #: tokens that have arrived, of each job no more than its turn
@@ -90,6 +92,12 @@ class ReadyTexts:
         """Of each job no more than one micro-batch's worth: the rest gives way to what is claimed next."""
         fresh = sum([min(sum(job.lengths), self.max_batch_tokens) for job in self._fresh])
         return int(self._lengths[self._is_ahead].sum()) + fresh
+
+    @property
+    def num_long_jobs(self) -> int:
+        """Jobs of more than a micro-batch that have texts waiting."""
+        fresh = sum([sum(job.lengths) > self.max_batch_tokens for job in self._fresh])
+        return int(self._ends_long_job.sum()) + fresh
 
     def add(self, jobs: Sequence[ReadyJob]) -> None:
         """In the order of their arrival."""
@@ -136,12 +144,16 @@ class ReadyTexts:
         arrivals = self._arrived + np.cumsum(turns) - turns + ranks
         before = np.cumsum(lengths) - lengths  # (texts,) tokens ahead of each; from the next line on of its own job
         before -= np.repeat(before[starts], counts)
+        ends = starts + counts - 1
+        ends_long_job = np.zeros(len(lengths), np.bool_)
+        ends_long_job[ends[totals > self.max_batch_tokens]] = True
         self._items += self._take_fresh()
         self._arrived += float(turns.sum())
         self._keys = np.concatenate((self._keys, before + np.repeat(arrivals, counts)))
         self._lengths = np.concatenate((self._lengths, lengths))
         self._kinds = np.concatenate((self._kinds, np.repeat([job.kind for job in jobs], counts)))
         self._is_ahead = np.concatenate((self._is_ahead, before < self.max_batch_tokens))
+        self._ends_long_job = np.concatenate((self._ends_long_job, ends_long_job))
         self._passed = np.concatenate((self._passed, np.zeros(len(lengths), np.int64)))
 
     def first(self) -> Any:
@@ -158,6 +170,7 @@ class ReadyTexts:
         self._items = [self._items[place] for place in places.tolist()]
         self._keys, self._passed, self._is_ahead = self._keys[places], self._passed[places], self._is_ahead[places]
         self._lengths, self._kinds = self._lengths[places], self._kinds[places]
+        self._ends_long_job = self._ends_long_job[places]
 
 
 class QueueTurns:

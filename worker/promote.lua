@@ -19,14 +19,18 @@ local rate_limits, is_listed = {}, {}
 -- Waits for a slot, as RQ's Queue._enqueue_rate_limited_job has it, but since it was due: those of one second in order.
 local function await_slot(key, id, due_at, rate_limit, concurrency)
   local limit_key = prefix .. ':rl:' .. rate_limit
+  local reply = redis.pcall('HSET', limit_key, 'concurrency', concurrency)
+  if type(reply) == 'table' and reply.err then
+    return false -- a name that makes this the key of something else
+  end
   redis.call('SADD', KEYS[2], rate_limit)
-  redis.call('HSET', limit_key, 'concurrency', concurrency)
   redis.call('HSET', key, 'status', 'rate_limited')
   redis.call('ZADD', limit_key .. ':rate_limited', due_at, id)
   if not is_listed[rate_limit] then
     is_listed[rate_limit] = true
     rate_limits[#rate_limits + 1] = rate_limit
   end
+  return true
 end
 
 local function promote(queue, id, due_at)

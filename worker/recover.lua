@@ -56,7 +56,7 @@ while taken < limit do
     break
   end
   for _, pair in ipairs(pairs_here) do
-    local id, execution = string.match(pair, '^([^:]*):(.*)$')
+    local id, execution = string.match(pair, '^(.*):([^:]*)$')
     if id then
       recover(id, execution)
       taken = taken + 1

@@ -69,8 +69,9 @@ class Sequels:
         job = None
         with errors_logged(f"what follows job {job_id}"):
             job = self._settle(queue_name, job_id)
-        self._client.zrem(keys.sequels(queue_name), job_id)
-        if job is not None:
+        # Whoever strikes it off calls back; another worker may have been faster.
+        is_ours = self._client.zrem(keys.sequels(queue_name), job_id)
+        if job is not None and is_ours:
             self._call_back(job, patience_s)
 
     def follow_all(self, queue_name: str, job_ids: Sequence[str]) -> None:

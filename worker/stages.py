@@ -111,21 +111,27 @@ class WorkerStages:
         return outcomes
 
     def _send(self, outcomes: Sequence[Outcome]) -> None:
+        what = f"results of {len(outcomes)} jobs"
         try:
-            with_sequel = self._until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
-            with self._count_lock:
-                self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
-            for outcome in outcomes:
-                if outcome.kind != "finished":
-                    self._sequels.report(outcome.claim.job_id, outcome.payload)
-            for outcome in with_sequel:
-                claim = outcome.claim
-                follow = functools.partial(self._sequels.follow, claim.queue, claim.job_id)
-                self._until_served(follow, "what follows a job")
+            with_sequel = self._until_served(lambda: self._store.publish(outcomes), what)
         except redis.RedisError as err:
             if not is_passing(err):
                 raise
             logger.error("no Redis for the time of a lease (%s): %d jobs will be done again", err, len(outcomes))
+            return
+        with self._count_lock:
+            self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
+        for outcome in outcomes:
+            if outcome.kind != "finished":
+                self._sequels.report(outcome.claim.job_id, outcome.payload)
+        try:
+            for outcome in with_sequel:
+                follow = functools.partial(self._sequels.follow, outcome.claim.queue, outcome.claim.job_id)
+                self._until_served(follow, "what follows a job")
+        except redis.RedisError as err:
+            if not is_passing(err):
+                raise
+            logger.error("no Redis for the time of a lease (%s): what follows the jobs is taken up later", err)
 
     def _until_served(self, action: Callable[[], T], what: str) -> T:
         """Calls until Redis serves, for the time of a lease; then raises redis-py's error."""

@@ -247,11 +247,17 @@ class EmbedWorker(SimpleWorker):
                 self._look_after_queues()
                 if not self.pipeline.wait_for_room(IDLE_S):
                     continue
+                # Before the claim: what is published after it may have put a job onto the queue.
+                had_jobs = self.pipeline.num_jobs > 0
                 found = self._claim(None if max_jobs is None else max_jobs - claimed)
                 claimed += len(found.claims)
                 if found.state == "suspended":
                     self.check_for_suspension(burst)
-                elif found.state == "empty" and claimed != max_jobs and not self._await_jobs(burst, max_idle_s):
+                elif found.state == "empty" and burst and claimed != max_jobs:
+                    if not had_jobs and not found.claims:
+                        break
+                    self.pipeline.wait_until_empty(IDLE_S)
+                elif found.state == "empty" and claimed != max_jobs and not self._await_jobs(max_idle_s):
                     break
                 reconnect_s = RECONNECT_FIRST_S
             except StopRequested:
@@ -279,13 +285,8 @@ class EmbedWorker(SimpleWorker):
         self.pipeline.queue_is_empty(found.state != "more")
         return found
 
-    def _await_jobs(self, burst: bool, max_idle_s: float | None) -> bool:
-        """With the queues empty: waits for a job, or for the time to look after the queues. False to end.
-
-        In burst mode it waits for the pipeline: jobs that fail there may come back.
-        """
-        if burst:
-            return self.pipeline.num_jobs > 0 and (self.pipeline.wait_until_empty(IDLE_S) or True)
+    def _await_jobs(self, max_idle_s: float | None) -> bool:
+        """With the queues empty: waits for a job, or for the time to look after the queues. False to end."""
         idle_since = time.monotonic()
         while not self._stop_requested:
             says_idle = self.get_state() == WorkerStatus.IDLE

@@ -447,3 +447,32 @@ def test_waiting_is_told_by_the_servers_clock(queue: EmbedQueue, store: ClaimSto
     [found] = claim(store)
     seconds, _ = queue._redis.time()
     assert found.queued_s == pytest.approx(seconds - 1577836800, abs=2)
+
+
+def test_a_record_of_a_wrong_type_costs_no_job(queue: EmbedQueue, store: ClaimStore) -> None:
+    jobs = queue.enqueue_many(["a", "b", "c"])
+    queue._redis.set(keys.executions(jobs[1].id), "no sorted set")
+    claims = claim(store)
+    assert [found.job_id for found in claims] == [job.id for job in jobs]
+    queue._redis.set(keys.executions(jobs[1].id), "again")
+    store.publish([done(found) for found in claims])
+    assert {queue.status(job.id) for job in jobs} == {JobStatus.FINISHED}
+    assert leftovers(queue) == set()
+
+
+def test_one_claim_looks_at_so_many_ids_and_no_more(queue: EmbedQueue, store: ClaimStore) -> None:
+    queue._redis.rpush(keys.queue("embed"), *(f"vanished-{n}" for n in range(25_000)))
+    job = queue.enqueue("text")
+    states = [store.claim(["embed"], 10, MANY) for _ in range(3)]
+    assert [found.state for found in states] == ["more", "more", "empty"]
+    assert [found.job_id for found in states[-1].claims] == [job.id]
+
+
+def test_an_id_that_is_no_text_keeps_no_other_job_from_being_claimed(queue: EmbedQueue, store: ClaimStore) -> None:
+    queue._redis.hset(b"rq:job:\xff", mapping={"status": "queued", "data": "x"})
+    queue._redis.rpush(keys.queue("embed"), b"\xff")
+    job = queue.enqueue("text")
+    claims = claim(store)
+    assert claims[-1].job_id == job.id
+    store.publish([done(found) for found in claims])
+    assert queue.status(job.id) == "finished"

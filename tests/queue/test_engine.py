@@ -268,3 +268,51 @@ def test_the_task_that_a_stock_worker_runs_gives_the_same_vectors(monkeypatch: p
         tasks.embed(texts=["text"], evil=1)
     assert caught.value.code == "bad_payload"
     tasks._engine.cache_clear()
+
+
+def test_a_batch_that_fails_half_way_counts_no_text_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out for the second job's rows, after those of the first."""
+    engine = Engine(NoopEncoder(8))
+    works = [engine.tokenize(request("a", "b", "c")), engine.tokenize(request("d", "e", "f"))]
+    reserve, calls = Work.reserve, []
+
+    def fail_once(self: Work, num_rows: int, like: NDArray[Any]) -> None:
+        calls.append(self)
+        if len(calls) == 2:
+            raise MemoryError
+        reserve(self, num_rows, like)
+
+    monkeypatch.setattr(Work, "reserve", fail_once)
+    assert engine.encode([(works[0], 0), (works[0], 1), (works[1], 0)]) == []
+    assert [work.missing for work in works] == [1, 2]
+    assert engine.encode([(works[0], 2), (works[1], 1), (works[1], 2)]) == works
+    for work in works:
+        np.testing.assert_array_equal(engine.finish(work).vectors, engine.run(work.request).vectors)
+
+
+def test_a_failed_batch_is_out_of_memory_before_its_halves_are_encoded() -> None:
+    alive: list[int] = []
+
+    class Blob:
+        count = 0
+
+        def __init__(self) -> None:
+            Blob.count += 1
+
+        def __del__(self) -> None:
+            Blob.count -= 1
+
+    class Hungry(NoopEncoder):
+        def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
+            alive.append(Blob.count)
+            activations = Blob()
+            if len(batch) > 1:
+                raise MemoryError
+            del activations
+            return super().encode_tokens(batch)
+
+    engine = Engine(Hungry(8))
+    work = engine.tokenize(request("a", "b", "c", "d"))
+    engine.encode(planned(engine, [work])[0])
+    assert work.failure is None
+    assert set(alive) == {0}

@@ -15,7 +15,7 @@ from embedq.producer.wire import EmbedRequest
 from embedq.worker import pipeline as pipelines
 from embedq.worker.claims import Claim, Outcome
 from embedq.worker.engine import Engine, Piece, Work
-from embedq.worker.pipeline import FEW_JOBS, Bounds, Done, Pipeline
+from embedq.worker.pipeline import FEW_JOBS, MAX_LONG_JOBS, Bounds, Done, Pipeline
 from embedq.worker.planning import ReadyJob
 from tests.conftest import until
 
@@ -275,3 +275,17 @@ def test_the_device_is_starved_only_while_there_is_work(stages: Recorder, start:
     assert seconds["starved"] >= 0.3
     assert seconds["encoding"] >= 0.1
     assert 0 < pipeline.device_time.starved_share < 1
+
+
+def test_long_jobs_are_begun_only_a_few_at_a_time(stages: Recorder, start: Start) -> None:
+    pipeline = start(prefetch_tokens=10_000)
+    stages.gates["encode"].clear()
+    put = 0
+    while pipeline.wait_for_room(0.3):
+        pipeline.put([claim(f"long {put}", "/".join(["one two three"] * 30))], 150)
+        until(lambda: not pipeline._claimed_tokens)
+        put += 1
+        assert put < 50
+    assert put <= MAX_LONG_JOBS + 1  # the first may be on the device
+    stages.gates["encode"].set()
+    assert pipeline.wait_until_empty(20)

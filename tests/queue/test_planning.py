@@ -213,3 +213,13 @@ def test_a_time_that_was_not_learnt_yet_promises_nothing() -> None:
     assert time.tokens(1.0) is None
     time.learn(100, 0.1)
     assert time.seconds(200) == pytest.approx(0.2)  # one size alone: through the origin
+
+
+def test_jobs_of_more_than_a_micro_batch_are_counted_until_their_last_text_is_taken() -> None:
+    ready = ReadyTexts(max_batch_tokens=1000)
+    ready.add([ready_job(0, [100] * 25), ready_job(1, [100] * 10), ready_job(2, [100] * 30)])
+    assert ready.num_long_jobs == 2
+    ready.take()
+    assert ready.num_long_jobs == 2
+    drained(ready)
+    assert ready.num_long_jobs == 0

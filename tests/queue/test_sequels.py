@@ -154,8 +154,8 @@ def test_jobs_with_empty_callback_fields_have_no_sequel(
 def test_exception_handlers_hear_of_every_failed_attempt(queue: EmbedQueue, url: str) -> None:
     bad, good = queue.enqueue("a", dimensions=99), queue.enqueue("b")
     settings = WorkerSettings(model="noop:8")
-    worker = EmbedWorker(["embed"], connection=connect(url), settings=settings, exception_handlers=[note])
-    worker.work(burst=True)
+    with connect(url) as client:
+        EmbedWorker(["embed"], connection=client, settings=settings, exception_handlers=[note]).work(burst=True)
     [(job, kind, failure, traceback)] = called
     assert (job.id, kind, failure.code, traceback) == (bad.id, JobFailedError, "unsupported_option", None)
     assert good.result().num_tokens == (3,)

@@ -1,0 +1,139 @@
+"""Corners of the client: what ends late, what expires, and what does not go together."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedq.model import NoopEncoder
+from embedq.producer import (
+    ConfigurationError,
+    Embeddings,
+    EmbedQueue,
+    InvalidJobIdError,
+    JobStatus,
+    MixedResultsError,
+    ResultTimeoutError,
+    keys,
+    wire,
+)
+from embedq.producer.connection import connect
+from embedq.worker.claims import Claim, ClaimStore, Outcome
+from embedq.worker.engine import Engine
+from tests.conftest import Drain
+
+
+def test_a_dependent_runs_however_short_the_time_to_live_of_what_it_waits_for(queue: EmbedQueue, drain: Drain) -> None:
+    first = queue.enqueue("a", ttl=1000)
+    second = queue.enqueue("b", depends_on=first)
+    assert queue._redis.ttl(keys.dependents(first.id)) == -1
+    drain()
+    assert (first.status(), second.status()) == (JobStatus.FINISHED, JobStatus.FINISHED)
+
+
+def test_what_has_ended_is_told_even_behind_many_that_have_not(queue: EmbedQueue, drain: Drain) -> None:
+    stuck = EmbedQueue(connection=queue._client, queue="other").enqueue_many(f"text {n}" for n in range(130))
+    done = queue.enqueue_many(f"text {n}" for n in range(20))
+    drain()
+    found = queue.results([job.id for job in (*stuck, *done)], timeout=0.5)
+    assert [type(found[job.id]) for job in done] == [Embeddings] * 20
+    assert {type(found[job.id]) for job in stuck} == {ResultTimeoutError}
+
+
+def result(**other: Any) -> Embeddings:
+    plain = Embeddings(vectors=np.zeros((1, 4), np.float32), num_tokens=(3,), truncated=(False,), model="a")
+    return replace(plain, **other)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"model": "b"}, {"revision": "2"}, {"vectors": np.zeros((1, 5), np.float32)}, {"output": "tokens"}],
+    ids=["model", "revision", "width", "output"],
+)
+def test_vectors_of_different_models_are_not_put_into_one_array(other: dict[str, Any]) -> None:
+    with pytest.raises(MixedResultsError, match=r"embedded by a  \(sentence, 4 x float32\) and by"):
+        Embeddings.concatenate([result(), result(), result(**other)])
+    assert Embeddings.concatenate([result(), result()]).vectors.shape == (2, 4)
+
+
+class Fleet:
+    """Serves the stand-in on a thread, under a revision that may change."""
+
+    def __init__(self, queue: EmbedQueue) -> None:
+        self.revision = "1"
+        self._store = ClaimStore(queue._client, "w", lease_s=30)
+        self._engine = Engine(NoopEncoder(8))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Fleet:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.01):
+            outcomes = [self._outcome(claim) for claim in self._store.claim(["embed"], 100, 10**9).claims]
+            self._store.publish(outcomes)
+
+    def _outcome(self, claim: Claim) -> Outcome:
+        made = self._engine.run(wire.decode_request(claim.data))
+        return Outcome.finished(claim, wire.encode_result(replace(made, revision=self.revision)), 0.0)
+
+
+def test_cached_vectors_of_other_weights_are_made_anew(queue: EmbedQueue) -> None:
+    with Fleet(queue) as fleet:
+        assert queue.embed(["old"], model="noop:8", cache_ttl=100).revision == "1"
+        fleet.revision = "2"
+        assert queue.embed(["old"], model="noop:8", cache_ttl=100).revision == "1"
+        both = queue.embed(["old", "new"], model="noop:8", cache_ttl=100)
+        assert (both.revision, len(both)) == ("2", 2)
+        assert queue.embed(["old"], model="noop:8", cache_ttl=100).revision == "2"
+
+
+def test_a_string_is_no_list_of_ids(queue: EmbedQueue) -> None:
+    job = queue.enqueue("text")
+    assert list(queue.results(job.id, timeout=0)) == [job.id]
+    with pytest.raises(InvalidJobIdError):
+        queue.results(7, timeout=0)  # type: ignore[arg-type]
+
+
+def test_no_piece_of_a_password_is_in_a_traceback() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        connect("redis://:se#cret@host")
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_a_result_that_dedupe_finds_is_there_for_a_while_yet(queue: EmbedQueue, drain: Drain) -> None:
+    job = queue.enqueue("text", dedupe=True, result_ttl=5)
+    drain()
+    assert queue.enqueue("text", dedupe=True) == job
+    assert queue._redis.ttl(keys.job(job.id)) > 50
+    assert queue._redis.ttl(keys.results(job.id)) > 50
+
+
+def test_a_job_that_starts_afresh_forgets_what_the_earlier_call_asked_for(queue: EmbedQueue) -> None:
+    job = queue.enqueue("text", dedupe=True, ttl=500, group="old", retry_intervals=[1], on_success="a.b")
+    job.cancel()
+    assert queue.enqueue("text", dedupe=True) == job
+    fields = queue._redis.hgetall(keys.job(job.id))
+    assert not {b"ttl", b"group_id", b"retry_intervals", b"success_callback_name"} & set(fields)
+    assert job.status() is JobStatus.QUEUED
+
+
+def test_canceling_one_job_hides_no_other_from_the_registry(queue: EmbedQueue) -> None:
+    first, second = queue.enqueue("a"), queue.enqueue("b", failure_ttl=1)
+    queue._redis.sadd(keys.dependents(first.id), "another")
+    first.cancel()
+    queue._redis.zincrby(keys.canceled("embed"), -100, first.id)  # a while ago
+    second.cancel()
+    assert queue._redis.zscore(keys.canceled("embed"), first.id) is not None
+    assert queue._redis.ttl(keys.dependents(first.id)) > 0
