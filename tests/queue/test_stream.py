@@ -29,7 +29,7 @@ from embedq.producer import (
     calls,
     keys,
 )
-from embedq.producer.settings import JobSettings
+from embedq.producer.settings import RESULT_TTL_S, JobSettings
 from embedq.producer.streaming import StreamSettings, TextStream
 from tests.conftest import Drain, until
 from tests.queue.test_worker import Start, start  # noqa: F401
@@ -106,7 +106,7 @@ def test_results_that_others_may_want_stay_for_their_time(queue: EmbedQueue, sta
     assert len(list(queue.embed_stream(iter("abc"), texts_per_job=2, group="mine", timeout=20))) == 3
     members = queue._redis.smembers(keys.group("mine"))
     assert len(members) == 2
-    assert all(0 < queue._redis.ttl(keys.job(member.decode())) <= 300 for member in members)
+    assert all(0 < queue._redis.ttl(keys.job(member.decode())) <= RESULT_TTL_S for member in members)
 
 
 def test_leaving_a_stream_early_cancels_what_still_waits(queue: EmbedQueue, drain: Drain) -> None:
