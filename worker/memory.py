@@ -29,6 +29,7 @@ GC_THRESHOLDS = (50_000, 20, 50)
 def rare_collections() -> Iterator[None]:
     """While the block runs, Python's collector leaves alone what is there now, and looks at the rest less often."""
     before = gc.get_threshold()
+    gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:

@@ -146,8 +146,8 @@ def test_max_jobs_is_kept(queue: EmbedQueue, drain: Drain) -> None:
 def test_a_worker_ends_with_its_last_job_and_waits_for_no_other(queue: EmbedQueue, url: str) -> None:
     job = queue.enqueue("text")
     began_at = time.monotonic()
-    worker = EmbedWorker(["embed"], connection=connect(url), settings=WorkerSettings(model="noop:8"))
-    worker.work(max_jobs=1)
+    with connect(url) as client:
+        EmbedWorker(["embed"], connection=client, settings=WorkerSettings(model="noop:8")).work(max_jobs=1)
     assert job.status() is JobStatus.FINISHED
     assert time.monotonic() - began_at < 10  # not the 15 s after which an idle worker looks around
 
