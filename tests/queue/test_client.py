@@ -492,7 +492,7 @@ def test_a_redis_that_asks_for_a_password_says_so(queue: EmbedQueue, url: str) -
         with EmbedQueue(url) as stranger, pytest.raises(QueueAccessError, match="refuses these credentials") as caught:
             stranger.enqueue("text")
         assert not caught.value.retryable
-        with EmbedQueue(connection=connect(url, password="s3cret")) as friend:
+        with connect(url, password="s3cret") as client, EmbedQueue(connection=client) as friend:
             assert friend.depth() == 0
     finally:
         with connect(url, password="s3cret") as admin:
@@ -521,7 +521,7 @@ def test_a_connection_of_the_callers_own_stays_open(url: str) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_both_redis_protocols_do(url: str, drain: Drain, protocol: int) -> None:
-    with EmbedQueue(connection=connect(url, protocol=protocol)) as queue:
+    with connect(url, protocol=protocol) as client, EmbedQueue(connection=client) as queue:
         done = queue.enqueue("text")
         drain()
         assert done.result().model == "noop:8"
