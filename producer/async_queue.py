@@ -77,8 +77,7 @@ class AsyncEmbedQueue:
         self._owns_connection = connection is None
         self._client = connect_async(url or DEFAULT_URL) if connection is None else check_client(connection)
         self._redis: Any = self._client
-        prelude = scripts.source(__package__, "common")
-        self._scripts = {name: scripts.load(self._client, __package__, name, prelude) for name in calls.SCRIPTS}
+        self._scripts = {name: scripts.load(self._client, __package__, name) for name in calls.SCRIPTS}
         self._round_trips = RoundTrips(self._client)
         self._reader = AsyncResultReader(self._client)
 

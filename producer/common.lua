@@ -36,6 +36,16 @@ local function timestamp()
     math.floor(rest / 3600), math.floor(rest % 3600 / 60), rest % 60, tonumber(time[2]))
 end
 
+-- A job waits from now on: for so long as its `ttl` says, or for good.
+local function start_waiting(key, ttl_field)
+  local ttl = seconds(ttl_field, 0)
+  if ttl > 0 then
+    redis.call('EXPIRE', key, ttl)
+  else
+    redis.call('PERSIST', key)
+  end
+end
+
 local function wip_key(prefix, queue)
   return prefix .. ':wip:' .. queue
 end

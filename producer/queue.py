@@ -71,8 +71,7 @@ class EmbedQueue:
         self._owns_connection = connection is None
         self._client = connect(url or DEFAULT_URL) if connection is None else check_client(connection)
         self._redis: Any = self._client
-        prelude = scripts.source(__package__, "common")
-        self._scripts = {name: scripts.load(self._client, __package__, name, prelude) for name in calls.SCRIPTS}
+        self._scripts = {name: scripts.load(self._client, __package__, name) for name in calls.SCRIPTS}
 
     # --- putting texts on the queue
 

@@ -34,12 +34,7 @@ redis.call('SADD', KEYS[2], prefix .. ':queue:' .. queue)
 redis.call(ARGV[3], prefix .. ':queue:' .. queue, id)
 redis.call('ZREM', prefix .. ':failed:' .. queue, id)
 redis.call('ZREM', prefix .. ':canceled:' .. queue, id)
-local ttl = seconds(fields[4], 0)
-if ttl > 0 then
-  redis.call('EXPIRE', KEYS[1], ttl)
-else
-  redis.call('PERSIST', KEYS[1])
-end
+start_waiting(KEYS[1], fields[4])
 redis.call('PERSIST', KEYS[1] .. ':dependents')
 redis.call('PERSIST', prefix .. ':job::' .. id .. ':dependencies')
 return status

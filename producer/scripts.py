@@ -19,10 +19,12 @@ def source(package: str, name: str) -> str:
     return files(package).joinpath(f"{name}.lua").read_text(encoding="utf-8")
 
 
-def load(client: redis.Redis | redis.asyncio.Redis, package: str, name: str, prelude: str = "") -> Any:
+def load(client: redis.Redis | redis.asyncio.Redis, package: str, name: str) -> Any:
     """A callable `script(keys=[...], args=[...])`: EVALSHA, and the source once where the server lacks it.
 
-    With an asyncio client its calls are awaited.
+    Before it stands what all scripts share, and what those of its package do. With an asyncio client its calls are
+    awaited.
     """
     registering: Any = client
-    return registering.register_script(prelude + source(package, name))
+    shared = [source(each, "common") for each in dict.fromkeys((__package__, package))]
+    return registering.register_script("".join(shared) + source(package, name))

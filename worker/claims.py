@@ -98,14 +98,12 @@ class ClaimStore:
         self.worker_name = worker_name
         self.lease_s = lease_s
         self._nonce = _fresh_nonce()
-        package = __package__ or "embedq.worker"
-        prelude = scripts.source("embedq.producer", "common") + scripts.source(package, "common")
-        self._claim = scripts.load(client, package, "claim", prelude)
-        self._finish = scripts.load(client, package, "finish", prelude)
+        self._claim = scripts.load(client, __package__, "claim")
+        self._finish = scripts.load(client, __package__, "finish")
         self._finish_staged = StagedScript(client, self._finish)
-        self._release = scripts.load(client, package, "release", prelude)
-        self._renew = scripts.load(client, package, "renew", prelude)
-        self._recover = scripts.load(client, package, "recover", prelude)
+        self._release = scripts.load(client, __package__, "release")
+        self._renew = scripts.load(client, __package__, "renew")
+        self._recover = scripts.load(client, __package__, "recover")
 
     def claim(self, queues: Sequence[str], max_jobs: int, max_bytes: int) -> Claimed:
         """Up to `max_jobs` jobs, at least one if one waits, in the queues' order."""

@@ -20,10 +20,7 @@ end
 local function put_back(prefix, queue, id, push)
   local key = prefix .. ':job:' .. id
   redis.call('HSET', key, 'status', 'queued', 'started_at', '', 'worker_name', '')
-  local ttl = seconds(redis.call('HGET', key, 'ttl'), 0)
-  if ttl > 0 then
-    redis.call('EXPIRE', key, ttl)
-  end
+  start_waiting(key, redis.call('HGET', key, 'ttl'))
   redis.call(push, prefix .. ':queue:' .. queue, id)
 end
 

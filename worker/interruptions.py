@@ -28,9 +28,7 @@ class Interruptions:
         self._worker_name = worker_name
         self._leases = leases
         self._sequels = sequels
-        package = __package__ or "embedq.worker"
-        prelude = scripts.source("embedq.producer", "common") + scripts.source(package, "common")
-        self._stop = scripts.load(client, package, "stop", prelude)
+        self._stop = scripts.load(client, __package__, "stop")
 
     def stop(self, job_id: str, execution_id: str | None = None) -> None:
         """Ends the job as stopped, if it is in hand."""

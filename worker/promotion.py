@@ -39,8 +39,7 @@ class Promoter:
         self._client = client
         self._queues = list(queues)
         self._keys = [keys.QUEUES, keys.RATE_LIMITS, *map(keys.scheduled, queues)]
-        prelude = scripts.source("embedq.producer", "common")
-        self._promote = scripts.load(client, __package__ or "embedq.worker", "promote", prelude)
+        self._promote = scripts.load(client, __package__, "promote")
 
     def round(self) -> int:
         """Moves all that is due, within a bound; returns how many. One script call where nothing is."""

@@ -29,12 +29,7 @@ redis.call('HSET', KEYS[1], 'repeats_left', left - 1, 'started_at', '', 'ended_a
 redis.call('ZREM', KEYS[4], id)
 redis.call('SADD', KEYS[2], ARGV[2])
 
-local ttl = seconds(fields[4], 0)
-if ttl > 0 then
-  redis.call('EXPIRE', KEYS[1], ttl)
-else
-  redis.call('PERSIST', KEYS[1])
-end
+start_waiting(KEYS[1], fields[4])
 if interval > 0 then
   redis.call('HSET', KEYS[1], 'status', 'scheduled')
   redis.call('ZADD', KEYS[3], math.floor(clock()) + interval, id)

@@ -56,10 +56,8 @@ class Sequels:
         self._next_look = time.monotonic()
         self._callbacks = callbacks
         self._exception_handlers = exception_handlers
-        package = __package__ or "embedq.worker"
-        prelude = scripts.source("embedq.producer", "common")
-        self._repeat = scripts.load(client, package, "repeat", prelude)
-        self._orphans = scripts.load(client, package, "orphans", prelude)
+        self._repeat = scripts.load(client, __package__, "repeat")
+        self._orphans = scripts.load(client, __package__, "orphans")
 
     def follow(self, queue_name: str, job_id: str, patience_s: float = PATIENCE_S) -> None:
         """For one job that has ended, or whose next attempt is scheduled. What RQ cannot read is logged.
