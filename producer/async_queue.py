@@ -17,20 +17,20 @@ from typing import Any, Self, Unpack
 import redis
 import redis.asyncio
 
-from embedq.producer import calls, embedding, requests, scripts
+from embedq.producer import calls, embedding, requests
 from embedq.producer.async_results import AsyncResultReader
 from embedq.producer.calls import News, Result, WaitFor
-from embedq.producer.connection import DEFAULT_URL, check_client, connect_async, describe, translate
+from embedq.producer.client import DEFAULT_QUEUE, QueueClient
+from embedq.producer.connection import connect_async, translated_errors
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError
+from embedq.producer.errors import EmbedqError, InvalidTextError
 from embedq.producer.groups import AsyncJobGroup
 from embedq.producer.jobs import AsyncEmbedJob
 from embedq.producer.mailbox import Mailbox
-from embedq.producer.options import EmbedOptions, check_job_id
+from embedq.producer.options import check_job_id
 from embedq.producer.outcomes import Outcome
-from embedq.producer.queue import DEFAULT_QUEUE, check_queue_name
 from embedq.producer.round_trips import RoundTrips
-from embedq.producer.settings import EnqueueKeywords, JobSettings, job_ids_of, split_keywords
+from embedq.producer.settings import EnqueueKeywords, job_ids_of
 from embedq.producer.status import JobStatus
 from embedq.producer.streaming import (
     SILENCE_S,
@@ -45,7 +45,7 @@ from embedq.producer.streaming import (
 from embedq.producer.text_source import TextSource, text_source
 
 
-class AsyncEmbedQueue:
+class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
     """One queue of one Redis. All tasks of one event loop may share it, thousands at a time.
 
     async with AsyncEmbedQueue("redis://localhost:6379/0", queue="embed") as q:
@@ -69,15 +69,8 @@ class AsyncEmbedQueue:
         max_depth: int | None = None,
         block_timeout: float = 0,
     ) -> None:
-        if url is not None and connection is not None:
-            raise ConfigurationError("give a url or a connection, not both")
-        self.name = check_queue_name(queue)
-        self._defaults: EnqueueKeywords = {"max_depth": max_depth, "block_timeout": block_timeout}
-        split_keywords(self._defaults)
-        self._owns_connection = connection is None
-        self._client = connect_async(url or DEFAULT_URL) if connection is None else check_client(connection)
-        self._redis: Any = self._client
-        self._scripts = {name: scripts.load(self._client, __package__, name) for name in calls.SCRIPTS}
+        defaults: EnqueueKeywords = {"max_depth": max_depth, "block_timeout": block_timeout}
+        super().__init__(url, queue, connection, connect_async, defaults)
         self._round_trips = RoundTrips(self._client)
         self._reader = AsyncResultReader(self._client)
 
@@ -192,7 +185,7 @@ class AsyncEmbedQueue:
 
     async def results(self, job_ids: Iterable[str], timeout: float | None = 30) -> dict[str, Outcome]:
         """See `EmbedQueue.results`."""
-        ids = [check_job_id(job_id) for job_id in job_ids]
+        ids = list(job_ids_of(job_ids))
         found = {job_id: outcome async for job_id, outcome in self._outcomes(ids, timeout)}
         return {job_id: found[job_id] for job_id in ids}
 
@@ -237,9 +230,6 @@ class AsyncEmbedQueue:
 
     # --- the steps
 
-    def _split(self, keywords: EnqueueKeywords) -> tuple[EmbedOptions, JobSettings]:
-        return split_keywords({**self._defaults, **keywords})
-
     async def _enqueue(
         self,
         texts: str | Sequence[str],
@@ -247,8 +237,7 @@ class AsyncEmbedQueue:
         keywords: EnqueueKeywords,
         start: calls.Start = calls.NOW,
     ) -> AsyncEmbedJob:
-        options, settings = self._split(keywords)
-        request = requests.one(self.name, texts, job_id, options, settings)
+        request, settings = self._request(texts, job_id, keywords)
         await self._run(calls.enqueue(self.name, [request], settings, start))
         return AsyncEmbedJob(request.job_id, self)
 
@@ -307,12 +296,10 @@ class AsyncEmbedQueue:
             self._reader.subscribe(call, step.fresh, are_fresh=True)
             self._reader.subscribe(call, step.known)
             return []
-        try:
+        with translated_errors(self._client):
             if isinstance(step, calls.ScriptCall):
                 return await self._round_trips.run(self._scripts[step.script], step.keys, step.args)
             return await self._round_trips.ask(step.commands)
-        except redis.RedisError as err:
-            raise translate(err, describe(self._client)) from err
 
     def _outcomes(self, job_ids: list[str], timeout: float | None) -> AsyncGenerator[tuple[str, Outcome], None]:
         return self._reader.outcomes(job_ids, timeout)

@@ -36,7 +36,7 @@ from embedq.producer.errors import (
 from embedq.producer.options import check_job_id
 from embedq.producer.outcomes import not_found, read_status
 from embedq.producer.requests import Request
-from embedq.producer.settings import FAILURE_TTL_S, MAX_TTL_S, JobSettings
+from embedq.producer.settings import FAILURE_TTL_S, MAX_TTL_S, JobSettings, job_ids_of
 from embedq.producer.status import JobStatus
 
 #: Jobs whose status is asked for in one round trip.
@@ -191,7 +191,7 @@ def start_in(delay: object) -> Start:
 
 def statuses(job_ids: Iterable[str]) -> Operation[dict[str, JobStatus | None]]:
     """A step per CHUNK_STATUSES; None for a job that is not there."""
-    waiting = iter([check_job_id(job_id) for job_id in job_ids])
+    waiting = iter(job_ids_of(job_ids))
     found: dict[str, JobStatus | None] = {}
     while chunk := list(itertools.islice(waiting, CHUNK_STATUSES)):
         fields = yield Commands([("HGET", keys.job(job_id), "status") for job_id in chunk])

@@ -19,11 +19,12 @@ import orjson
 import redis
 
 from embedq.producer import fleet, formats
+from embedq.producer.client import DEFAULT_QUEUE
 from embedq.producer.connection import DEFAULT_URL, connect
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, JobNotFoundError, PartialEnqueueError
 from embedq.producer.options import Precision, TruncationSide
-from embedq.producer.queue import DEFAULT_QUEUE, EmbedQueue
+from embedq.producer.queue import EmbedQueue
 from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S, RETRIES
 
 Command = TypeVar("Command", bound=Callable[..., Any])

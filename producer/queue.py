@@ -14,18 +14,18 @@ from typing import Any, Self, TypeVar, Unpack
 
 import redis
 
-from embedq.producer import calls, embedding, requests, scripts
-from embedq.producer.checks import lone_surrogate, shown
-from embedq.producer.connection import DEFAULT_URL, check_client, connect, describe, translate
+from embedq.producer import calls, embedding, requests
+from embedq.producer.client import DEFAULT_QUEUE, QueueClient
+from embedq.producer.connection import connect, translated_errors
 from embedq.producer.driver import drive
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import ConfigurationError, EmbedqError, InvalidTextError
+from embedq.producer.errors import EmbedqError, InvalidTextError
 from embedq.producer.groups import JobGroup
 from embedq.producer.jobs import EmbedJob
-from embedq.producer.options import EmbedOptions, check_job_id
+from embedq.producer.options import check_job_id
 from embedq.producer.outcomes import Outcome
 from embedq.producer.results import ResultReader
-from embedq.producer.settings import EnqueueKeywords, JobSettings, job_ids_of, split_keywords
+from embedq.producer.settings import EnqueueKeywords, job_ids_of
 from embedq.producer.status import JobStatus
 from embedq.producer.streaming import (
     SILENCE_S,
@@ -38,10 +38,8 @@ from embedq.producer.streaming import (
 
 Result = TypeVar("Result")
 
-DEFAULT_QUEUE = "embed"
 
-
-class EmbedQueue:
+class EmbedQueue(QueueClient[redis.Redis]):
     """One queue of one Redis. Threads may share it; processes make their own.
 
     q = EmbedQueue("redis://localhost:6379/0", queue="embed")
@@ -63,15 +61,8 @@ class EmbedQueue:
         max_depth: int | None = None,
         block_timeout: float = 0,
     ) -> None:
-        if url is not None and connection is not None:
-            raise ConfigurationError("give a url or a connection, not both")
-        self.name = check_queue_name(queue)
-        self._defaults: EnqueueKeywords = {"max_depth": max_depth, "block_timeout": block_timeout}
-        split_keywords(self._defaults)
-        self._owns_connection = connection is None
-        self._client = connect(url or DEFAULT_URL) if connection is None else check_client(connection)
-        self._redis: Any = self._client
-        self._scripts = {name: scripts.load(self._client, __package__, name) for name in calls.SCRIPTS}
+        defaults: EnqueueKeywords = {"max_depth": max_depth, "block_timeout": block_timeout}
+        super().__init__(url, queue, connection, connect, defaults)
 
     # --- putting texts on the queue
 
@@ -267,9 +258,6 @@ class EmbedQueue:
 
     # --- the steps
 
-    def _split(self, keywords: EnqueueKeywords) -> tuple[EmbedOptions, JobSettings]:
-        return split_keywords({**self._defaults, **keywords})
-
     def _enqueue(
         self,
         texts: str | Sequence[str],
@@ -277,8 +265,7 @@ class EmbedQueue:
         keywords: EnqueueKeywords,
         start: calls.Start = calls.NOW,
     ) -> EmbedJob:
-        options, settings = self._split(keywords)
-        request = requests.one(self.name, texts, job_id, options, settings)
+        request, settings = self._request(texts, job_id, keywords)
         self._run(calls.enqueue(self.name, [request], settings, start))
         return EmbedJob(request.job_id, self)
 
@@ -299,22 +286,13 @@ class EmbedQueue:
     def _do(self, step: calls.RedisStep | calls.Pause) -> Any:
         if isinstance(step, calls.Pause):
             return time.sleep(step.seconds)
-        try:
+        with translated_errors(self._client):
             if isinstance(step, calls.ScriptCall):
                 return self._scripts[step.script](keys=step.keys, args=step.args)
             pipeline = self._redis.pipeline(transaction=False)
             for command in step.commands:
                 pipeline.execute_command(*command)
             return pipeline.execute()
-        except redis.RedisError as err:
-            raise translate(err, describe(self._client)) from err
 
     def _outcomes(self, job_ids: list[str], timeout: float | None) -> Iterator[tuple[str, Outcome]]:
         return ResultReader(self._client).outcomes(job_ids, timeout)
-
-
-def check_queue_name(name: object) -> str:
-    """Raises ConfigurationError."""
-    if not isinstance(name, str) or not name or lone_surrogate(name) is not None:
-        raise ConfigurationError(f"the queue's name must be a string that is not empty, not {shown(name)}")
-    return name

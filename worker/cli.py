@@ -19,6 +19,7 @@ from embedq.model import ModelError
 from embedq.model.bench_cli import bench_group
 from embedq.model.cli import model_group
 from embedq.producer import cli as client
+from embedq.producer.client import DEFAULT_QUEUE, check_queue_name
 from embedq.producer.connection import connect, translated_errors
 from embedq.producer.errors import (
     ConfigurationError,
@@ -30,7 +31,6 @@ from embedq.producer.errors import (
     QueueServerError,
     ResultTimeoutError,
 )
-from embedq.producer.queue import DEFAULT_QUEUE, check_queue_name
 from embedq.worker import logs
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 

@@ -21,9 +21,9 @@ from types import FrameType
 import click
 
 from embedq.producer import fleet
+from embedq.producer.client import check_queue_name
 from embedq.producer.connection import connect
 from embedq.producer.errors import ConfigurationError, EmbedqError
-from embedq.producer.queue import check_queue_name
 from embedq.worker import processes
 from embedq.worker.redis_server import RedisServer
 from embedq.worker.settings import ENVIRONMENT_PREFIX, WorkerSettings

@@ -510,3 +510,13 @@ def test_what_cannot_work_is_told_at_once(url: str) -> None:
             await queue._client.aclose()
 
     run(test())
+
+
+def test_a_string_is_no_list_of_ids(url: str) -> None:
+    async def ask() -> None:
+        async with AsyncEmbedQueue(url) as queue:
+            job = await queue.enqueue("text")
+            assert list(await queue.results(job.id, timeout=0)) == [job.id]
+            assert list(await queue.statuses(job.id)) == [job.id]
+
+    run(ask())

@@ -101,6 +101,7 @@ def test_cached_vectors_of_other_weights_are_made_anew(queue: EmbedQueue) -> Non
 def test_a_string_is_no_list_of_ids(queue: EmbedQueue) -> None:
     job = queue.enqueue("text")
     assert list(queue.results(job.id, timeout=0)) == [job.id]
+    assert list(queue.statuses(job.id)) == [job.id]
     with pytest.raises(InvalidJobIdError):
         queue.results(7, timeout=0)  # type: ignore[arg-type]
 
