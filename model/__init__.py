@@ -12,6 +12,7 @@ from embedq.model.calibration import Calibration, shipped_ranges
 from embedq.model.encoder import ChunkedText, Encoder, Output, Precision, TokenizedText, TruncationSide
 from embedq.model.errors import (
     DeviceError,
+    DeviceLostError,
     ModelDownloadError,
     ModelError,
     ModelFormatError,
@@ -20,6 +21,7 @@ from embedq.model.errors import (
     ModelOptionError,
     ModelSourceError,
     NonFiniteError,
+    OutOfMemoryError,
     TextTooLongError,
     WeightsError,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "Calibration",
     "ChunkedText",
     "DeviceError",
+    "DeviceLostError",
     "Encoder",
     "ModelDownloadError",
     "ModelError",
@@ -43,6 +46,7 @@ __all__ = [
     "ModelSourceError",
     "NonFiniteError",
     "NoopEncoder",
+    "OutOfMemoryError",
     "Output",
     "Precision",
     "SentenceEncoder",
