@@ -71,7 +71,8 @@ class Isolation:
         if self.memory.is_whole:
             return len(pieces)
         ends = itertools.accumulate(work.tokens[place].num_tokens for work, place in pieces)
-        return max(1, sum(end <= self.memory.limit for end in ends))
+        fitting = itertools.takewhile(lambda end: end <= self.memory.limit, ends)
+        return max(1, sum(1 for _ in fitting))
 
     def _attempt(self, pieces: Sequence[Piece], encoder: Encoder) -> JobFailedError | None:
         """Why it failed, said of the first text. Not the error: that holds all that the attempt had in memory."""
