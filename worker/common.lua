@@ -16,6 +16,11 @@ local function holds(prefix, queue, id, execution)
     and redis.call('HGET', prefix .. ':job:' .. id, 'status') == 'started'
 end
 
+-- How often a job was tried before, of its field embedq_attempts.
+local function attempts(field)
+  return math.max(0, seconds(field, 0))
+end
+
 -- Puts a started job back: 'LPUSH' at the head of its queue, 'RPUSH' at the tail. Its waiting time runs anew.
 local function put_back(prefix, queue, id, push)
   local key = prefix .. ':job:' .. id
@@ -25,7 +30,7 @@ local function put_back(prefix, queue, id, push)
 end
 
 -- One more attempt for a job that has retries left: at the tail of its queue, or the head ('queued'), or later
--- ('scheduled'), as RQ's Retry asked for. False if none is left.
+-- ('scheduled'), as RQ's Retry asked for. False if none is left. Counts the attempt that is over: claim.lua tells it.
 local function try_again(prefix, queue, id)
   local key = prefix .. ':job:' .. id
   local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry')
@@ -34,6 +39,7 @@ local function try_again(prefix, queue, id)
     return false
   end
   redis.call('HSET', key, 'retries_left', left - 1)
+  redis.call('HSET', key, 'embedq_attempts', attempts(redis.call('HGET', key, 'embedq_attempts')) + 1)
   local readable, intervals = pcall(cjson.decode, fields[2] or '[]')
   if readable and type(intervals) == 'table' and #intervals > 0 then
     local interval = seconds(intervals[math.max(#intervals - left, 0) + 1], 0)
