@@ -21,7 +21,7 @@
 local BYTES_PER_TEXT = 8 -- so that a job of many empty texts, which compress to nothing, is not free
 local LOOK_AHEAD = 100 -- ids read off a list at a time
 local MAX_LOOKS = 10000 -- ids looked at in one call, however many of them are jobs that vanished
-local FIELDS = {'status', 'data', 'enqueued_at', 'embedq_attempts', 'retries_left', 'embedq_texts'}
+local FIELDS = {'status', 'data', 'enqueued_at', 'embedq_texts', 'embedq_attempts', 'embedq_retries', 'retries_left'}
 
 local prefix, worker, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local max_jobs, max_bytes, nonce = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
@@ -30,11 +30,11 @@ local second = string.format('%.6f', started)
 
 -- fields: of the job's hash, those of FIELDS.
 local function told(queue, id, execution, fields)
-  local tried = attempts(fields[4])
+  local tried = attempts(fields[5], fields[6], fields[7])
   if tried == 0 then
     return {queue, id, execution, fields[2], fields[3] or ''}
   end
-  return {queue, id, execution, fields[2], fields[3] or '', tried, math.max(0, seconds(fields[5], 0))}
+  return {queue, id, execution, fields[2], fields[3] or '', tried, math.max(0, seconds(fields[7], 0))}
 end
 
 -- The claims of the call before, whose reply was lost, in their order.
@@ -102,7 +102,7 @@ local function claim(queue, id)
   leases[#leases + 1] = lease_until
   leases[#leases + 1] = pair
   claimed[num_claimed + 2] = told(queue, id, execution, fields)
-  bytes = bytes + math.max(data and #data or 0, BYTES_PER_TEXT * (tonumber(fields[6] or '') or 1))
+  bytes = bytes + math.max(data and #data or 0, BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
 end
 
 local looked = 0

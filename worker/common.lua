@@ -16,9 +16,11 @@ local function holds(prefix, queue, id, execution)
     and redis.call('HGET', prefix .. ':job:' .. id, 'status') == 'started'
 end
 
--- How often a job was tried before, of its field embedq_attempts.
-local function attempts(field)
-  return math.max(0, seconds(field, 0))
+-- How often a job was tried before, of its fields embedq_attempts, embedq_retries and retries_left: as try_again counts
+-- it, or as RQ's own clean-up, which may find an abandoned job first, has used up its retries.
+local function attempts(counted, retries, left)
+  local used = retries and left and seconds(retries, 0) - seconds(left, 0) or 0
+  return math.max(0, seconds(counted, 0), used)
 end
 
 -- Puts a started job back: 'LPUSH' at the head of its queue, 'RPUSH' at the tail. Its waiting time runs anew.
@@ -33,13 +35,13 @@ end
 -- ('scheduled'), as RQ's Retry asked for. False if none is left. Counts the attempt that is over: claim.lua tells it.
 local function try_again(prefix, queue, id)
   local key = prefix .. ':job:' .. id
-  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry')
+  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry',
+    'embedq_attempts', 'embedq_retries')
   local left = tonumber(fields[1] or '') or 0
   if left < 1 then
     return false
   end
-  redis.call('HSET', key, 'retries_left', left - 1)
-  redis.call('HSET', key, 'embedq_attempts', attempts(redis.call('HGET', key, 'embedq_attempts')) + 1)
+  redis.call('HSET', key, 'retries_left', left - 1, 'embedq_attempts', attempts(fields[4], fields[5], fields[1]) + 1)
   local readable, intervals = pcall(cjson.decode, fields[2] or '[]')
   if readable and type(intervals) == 'table' and #intervals > 0 then
     local interval = seconds(intervals[math.max(#intervals - left, 0) + 1], 0)

@@ -31,7 +31,8 @@ local function fail(id, job, worker, reason)
 end
 
 local function was_tried(id)
-  return attempts(redis.call('HGET', prefix .. ':job:' .. id, 'embedq_attempts')) > 0
+  local fields = redis.call('HMGET', prefix .. ':job:' .. id, 'embedq_attempts', 'embedq_retries', 'retries_left')
+  return attempts(unpack(fields)) > 0
 end
 
 local function recover(id, execution)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rq.registry import StartedJobRegistry
 
 from embedq.model import NoopEncoder
-from embedq.producer import EmbedQueue, JobFailedError, JobStatus, keys
+from embedq.producer import EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
 from embedq.producer.jobs import EmbedJob
 from embedq.worker.claims import Claim, ClaimStore
 from embedq.worker.watchdog import Watchdog
@@ -134,6 +135,17 @@ def test_a_claim_tells_how_often_a_job_was_tried(each_queue: EmbedQueue, claim_a
         ClaimStore(each_queue._client, "w1", 30).begin([(claimed, JobFailedError.abandoned())])
         run_out(each_queue)
     assert seen == [(0, False), (1, False), (2, True)]
+
+
+def test_an_attempt_that_rqs_own_clean_up_ended_counts_too(
+    each_queue: EmbedQueue, claim_again: Callable[[], Claim]
+) -> None:
+    each_queue.enqueue("text", retries=2)
+    abandoned = claim_again()
+    each_queue._redis.zadd(keys.started("embed"), {f"{abandoned.job_id}:{abandoned.execution_id}": 1})
+    StartedJobRegistry("embed", connection=each_queue._client, serializer=EmbedSerializer).cleanup()
+    claimed = claim_again()
+    assert (claimed.attempts, claimed.is_last) == (1, False)
 
 
 def test_a_death_costs_a_retried_job_no_attempt_that_had_not_begun(
