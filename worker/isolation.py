@@ -25,8 +25,8 @@ logger = logging.getLogger("embedq.worker")
 
 
 class Isolation:
-    """Attributes: memory (its budget); oom_splits (micro-batches cut in two because memory ran out); in_float32 (texts
-    whose vectors were not finite otherwise).
+    """Attributes: memory (its budget); oom_splits (micro-batches cut in two because memory ran out); num_in_float32
+    (texts whose vectors were not finite otherwise).
     """
 
     def __init__(self, encoder: Encoder, encode: EncodePieces, max_batch_tokens: int) -> None:
@@ -34,7 +34,7 @@ class Isolation:
         self._encode = encode
         self.memory = MemoryBudget(max_batch_tokens)
         self.oom_splits = 0
-        self.in_float32 = 0
+        self.num_in_float32 = 0
 
     def encode(self, pieces: Sequence[Piece], num_tokens: int) -> None:
         """One micro-batch, of so many tokens. Jobs whose text fails alone have a failure then.
@@ -119,9 +119,9 @@ class Isolation:
         if again is not None:
             exact.release_memory()
             return again if again.code == NON_FINITE else failure
-        self.in_float32 += 1
+        self.num_in_float32 += 1
         logger.log(
-            logging.DEBUG if self.in_float32 > 1 else logging.WARNING,
+            logging.DEBUG if self.num_in_float32 > 1 else logging.WARNING,
             "a vector was not finite by %s and was made in float32; further ones are told at DEBUG",
             self._encoder.placement,
         )

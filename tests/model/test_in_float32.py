@@ -146,7 +146,7 @@ def test_a_worker_serves_a_text_whose_vector_was_not_finite(
     np.testing.assert_allclose(ours[1], exact, atol=1e-5, rtol=0)
     for place, other in ((0, others[0]), (2, others[1])):
         np.testing.assert_allclose(ours[place], other, atol=0.02, rtol=0)
-    assert engine.isolation.in_float32 == 1
+    assert engine.isolation.num_in_float32 == 1
     [warning] = [
         record for record in caplog.records if record.name == "embedq.worker" and record.levelno == logging.WARNING
     ]
@@ -164,7 +164,7 @@ def test_what_float32_does_not_hold_fails_its_job_alone(own_folder: Path) -> Non
     with pytest.raises(JobFailedError, match=r"^text 1: .* already in the embeddings") as caught:
         engine.finish(works[1])
     assert (caught.value.code, caught.value.text_index, caught.value.retryable) == ("non_finite", 1, False)
-    assert engine.isolation.in_float32 == 0
+    assert engine.isolation.num_in_float32 == 0
 
 
 @pytest.mark.real_model
@@ -179,7 +179,7 @@ def test_the_real_model_recovers_in_float32(real_model_path: Path, dtype: str) -
     reference = load(real_model_path, "float32").encode(["a short one", long])
     np.testing.assert_allclose(found.vectors[1], reference[1], atol=TOLERANCE, rtol=0)
     assert float(found.vectors[0] @ reference[0]) > COSINE - (0.02 if dtype == "int8" else 0)
-    assert engine.isolation.in_float32 == 1
+    assert engine.isolation.num_in_float32 == 1
 
 
 @pytest.mark.real_model

@@ -43,17 +43,18 @@ def test_it_is_whole_again_whatever_happened_once_enough_went_well(full: int, hi
     assert budget.is_whole
 
 
-@given(st.integers(2, 20_000), attempts, st.integers(2, 40_000))
-def test_what_one_text_alone_was_guilty_of_costs_the_others_nothing(
-    full: int, history: Attempts, num_tokens: int
-) -> None:
-    budget = used(full, history)
+@given(st.integers(1, 20_000), st.lists(st.integers(2, 40_000), max_size=20), st.integers(0, 15))
+def test_what_one_text_alone_was_guilty_of_costs_the_others_nothing(full: int, lacks: list[int], rises: int) -> None:
+    """Nor does it make up for a lack from before: what had risen again by then is what is left."""
+    budget = MemoryBudget(full)
+    budget.shrink(full)
     before = budget.limit
-    while budget._before is not None:  # a shortage from before is over, too
+    for _ in range(PATIENCE * rises):
         budget.succeeded(budget.limit)
-        before = budget.limit
-    budget.shrink(num_tokens)
-    budget.shrink(num_tokens // 2)
+    assert budget.limit == min(full, before << rises)
+    before = budget.limit if rises else full
+    for num_tokens in lacks:
+        budget.shrink(num_tokens)
     budget.forgive()
     assert budget.limit == before
     budget.forgive()

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from embedq.model import DeviceLostError, Encoder, NoopEncoder, OutOfMemoryError, TokenizedText
-from embedq.producer import EmbedOptions, JobFailedError
+from embedq.producer import EmbedOptions, EmbedQueue, JobFailedError
 from embedq.producer.wire import EmbedRequest
 from embedq.worker.budget import PATIENCE
 from embedq.worker.engine import Engine, Work
+from tests.conftest import Drain
 
 #: What a text does to the encoder, by its words; those before it are good.
 GOOD, HUNGRY, NAN, BROKEN = "good", "hungry " * 4, "nan " * 5, "broken " * 6
@@ -169,7 +170,7 @@ def test_a_vector_that_is_not_finite_is_made_in_float32(caplog: pytest.LogCaptur
     for work, of_job in zip(works, jobs, strict=True):
         wanted = Engine(exact).run(EmbedRequest(of_job, EmbedOptions(output=output)))
         np.testing.assert_array_equal(engine.finish(work).vectors, wanted.vectors)
-    assert engine.isolation.in_float32 == 2
+    assert engine.isolation.num_in_float32 == 2
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert record.message.startswith("a vector was not finite by gpu float16 and was made in float32")
 
@@ -192,7 +193,7 @@ def test_where_float32_does_not_help_the_job_fails_by_its_number(reason: str) ->
         engine.finish(works[0])
     assert (caught.value.code, caught.value.retryable, caught.value.text_index) == ("non_finite", False, 1)
     assert engine.finish(works[1]).vectors.shape == (1, 8)
-    assert engine.isolation.in_float32 == 0
+    assert engine.isolation.num_in_float32 == 0
     assert exact.num_releases == 1
 
 
@@ -310,3 +311,22 @@ def test_what_becomes_infinite_only_in_the_result_never_leaves() -> None:
     for failure in finished[1:]:
         assert isinstance(failure, JobFailedError)
         assert (failure.code, failure.text_index, failure.retryable) == ("non_finite", 1, False)
+
+
+def test_a_worker_gets_through_a_queue_of_all_kinds_and_names_each_guilty_text(
+    queue: EmbedQueue, drain: Drain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Faulty(capacity=200)
+    monkeypatch.setattr("embedq.worker.worker.load_encoder", lambda _settings: encoder)
+    good = queue.enqueue_many([f"{GOOD} {n}" for n in range(500)])
+    bad = {kind: queue.enqueue(["a", "b", kind], retries=0) for kind in CODES}
+    worker = drain()
+    for kind, job in bad.items():
+        with pytest.raises(JobFailedError, match="text 2") as caught:
+            job.result(timeout=0)
+        assert (caught.value.code, caught.value.text_index) == (CODES[kind], 2)
+    alone = Engine(NoopEncoder(8))
+    for n, job in enumerate(good):
+        wanted = alone.run(EmbedRequest([f"{GOOD} {n}"], EmbedOptions())).vectors
+        np.testing.assert_array_equal(job.result(timeout=0).vectors, wanted)
+    assert worker.engine.isolation.oom_splits > 0
