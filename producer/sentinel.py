@@ -1,0 +1,151 @@
+"""Clients that ask Sentinel where the master is, each time they connect: `redis+sentinel://` URLs.
+
+Knows redis-py's Sentinel classes, made to close what they opened and to say in one line why there is no master; how a
+URL is read is in `sentinel_url`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import redis
+import redis.asyncio
+import redis.asyncio.sentinel
+import redis.connection
+import redis.sentinel
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import MasterNotFoundError as AsyncMasterNotFoundError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError
+
+from embedq.producer import sentinel_url
+from embedq.producer.redis_connections import (
+    LeavesReplicas,
+    LeavesReplicasAsync,
+    ShakesHands,
+    ShakesHandsAsync,
+    TLSRefusedError,
+)
+from embedq.producer.sentinel_url import SentinelUrl
+
+#: Seconds that one Sentinel may take to connect, and to answer: then the next one is asked.
+SENTINEL_TIMEOUT_S = 2.0
+
+
+class _MasterConnection(LeavesReplicas, redis.sentinel.SentinelManagedConnection):
+    pass
+
+
+class _TLSMasterConnection(ShakesHands, LeavesReplicas, redis.sentinel.SentinelManagedSSLConnection):
+    pass
+
+
+class _AsyncMasterConnection(LeavesReplicasAsync, redis.asyncio.sentinel.SentinelManagedConnection):
+    pass
+
+
+class _AsyncTLSMasterConnection(
+    ShakesHandsAsync, LeavesReplicasAsync, redis.asyncio.sentinel.SentinelManagedSSLConnection
+):
+    pass
+
+
+class _Sentinels(redis.sentinel.Sentinel):
+    def discover_master(self, service_name: str) -> Any:
+        try:
+            return super().discover_master(service_name)  # type: ignore[no-untyped-call]
+        except MasterNotFoundError as err:
+            raise _no_master(service_name, str(err)) from None
+
+
+class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
+    async def discover_master(self, service_name: str) -> Any:
+        try:
+            return await super().discover_master(service_name)
+        except AsyncMasterNotFoundError as err:
+            raise _no_master(service_name, str(err)) from None
+
+
+class _MasterPool(redis.sentinel.SentinelConnectionPool):
+    """Closes the connections to the Sentinels with its own."""
+
+    def disconnect(self, inuse_connections: bool = True) -> None:
+        super().disconnect(inuse_connections)
+        if inuse_connections:
+            for sentinel in self.sentinel_manager.sentinels:
+                sentinel.close()
+
+
+class _AsyncMasterPool(redis.asyncio.sentinel.SentinelConnectionPool):
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            for sentinel in self.sentinel_manager.sentinels:
+                await sentinel.aclose()
+
+
+def connect(url: str, settings: Mapping[str, Any]) -> redis.Redis:
+    """`settings` are the connections' to the master; the URL's go before. Raises as `sentinel_url.parse`."""
+    parsed = sentinel_url.parse(url)
+    settings = {**settings, **_options(parsed)}
+    asked = {**_asking(parsed, settings), "retry": Retry(NoBackoff(), 0)}
+    sentinels: Any = _Sentinels(parsed.sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    client: redis.Redis = sentinels.master_for(
+        parsed.service,
+        connection_pool_class=_MasterPool,
+        connection_class=_TLSMasterConnection if parsed.is_tls else _MasterConnection,
+        **settings,
+    )
+    return client
+
+
+def connect_async(url: str, settings: Mapping[str, Any]) -> redis.asyncio.Redis:
+    """The same to be awaited."""
+    parsed = sentinel_url.parse(url)
+    settings = {**settings, **_options(parsed)}
+    asked = {**_asking(parsed, settings), "retry": AsyncRetry(NoBackoff(), 0)}
+    sentinels: Any = _AsyncSentinels(parsed.sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    client: redis.asyncio.Redis = sentinels.master_for(
+        parsed.service,
+        connection_pool_class=_AsyncMasterPool,
+        connection_class=_AsyncTLSMasterConnection if parsed.is_tls else _AsyncMasterConnection,
+        **settings,
+    )
+    return client
+
+
+def describe(pool: Any) -> str | None:
+    """`mymaster/0 by Sentinel at HOST:PORT, HOST:PORT`; None for a pool of another kind."""
+    if not isinstance(pool, (redis.sentinel.SentinelConnectionPool, redis.asyncio.sentinel.SentinelConnectionPool)):
+        return None
+    asked = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
+    places = sorted(f"{each['host']}:{each['port']}" for each in asked)
+    return f"{pool.service_name}/{pool.connection_kwargs.get('db') or 0} by Sentinel at {', '.join(places)}"
+
+
+def _options(url: SentinelUrl) -> dict[str, Any]:
+    """What redis-py reads off the master's URL, but for its address."""
+    read_url: Any = redis.connection.parse_url
+    address = ("host", "port", "connection_class")
+    return {name: value for name, value in read_url(url.master_url).items() if name not in address}
+
+
+def _asking(url: SentinelUrl, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How each Sentinel is reached: by TLS where the master is, as itself and with its own credentials."""
+    asked: dict[str, Any] = {"socket_connect_timeout": SENTINEL_TIMEOUT_S, "socket_timeout": SENTINEL_TIMEOUT_S}
+    if url.is_tls:
+        asked |= {"ssl": True, **{name: value for name, value in settings.items() if name.startswith("ssl_")}}
+    return {**asked, **url.credentials}
+
+
+def _no_master(service: str, reasons: str) -> redis.RedisError:
+    """`reasons`: how each Sentinel answered that did not name a master, as redis-py tells it, with the errors' classes
+    and with how each client is configured."""
+    if "AuthenticationError" in reasons:
+        return redis.AuthenticationError("a Sentinel refuses sentinel_username and sentinel_password")
+    if "[SSL" in reasons:
+        return TLSRefusedError("a Sentinel and this side do not accept each other's certificates")
+    asked = "no Sentinel that can be reached" if "Error(" in reasons else "no Sentinel"
+    return MasterNotFoundError(f"{asked} names a live master of the service {service!r}")
