@@ -208,8 +208,8 @@ def translate(err: redis.RedisError, place: str) -> EmbedqError:
         )
     if isinstance(err, TLSRefusedError):
         return QueueAccessError(
-            f"no TLS with Redis at {place} ({reason}); the URL names your CA by ?ssl_ca_certs=PATH, and a certificate of"
-            " your own by &ssl_certfile=PATH&ssl_keyfile=PATH"
+            f"no TLS with Redis at {place} ({reason}); the URL names your CA by ?ssl_ca_certs=PATH, and a certificate"
+            " of your own by &ssl_certfile=PATH&ssl_keyfile=PATH"
         )
     if isinstance(err, TLSTimeoutError):
         return QueueConnectionError(f"Redis at {place} does not answer ({reason}); does it speak TLS on that port?")
