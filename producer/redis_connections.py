@@ -28,13 +28,14 @@ class TLSTimeoutError(redis.RedisError):
     """No handshake in time. No ConnectionError, so that redis-py does not try it three times over."""
 
 
-def _raise_refusal(err: BaseException) -> None:
-    """Raises TLSRefusedError if a refusal is what redis-py made this error of."""
+def tls_refusal(err: BaseException) -> TLSRefusedError | None:
+    """Says so if a refusal is what redis-py made this error of."""
     cause: BaseException | None = err
     while cause is not None:
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, _TLS_ENDINGS):
-            raise TLSRefusedError(_tls_reason(cause)) from err
+            return TLSRefusedError(_tls_reason(cause))
         cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _tls_reason(err: ssl.SSLError) -> str:
@@ -102,7 +103,8 @@ class ShakesHands:
         except TimeoutError as err:
             raise TLSTimeoutError(f"no TLS handshake within {self.socket_connect_timeout:g} s") from err
         except ssl.SSLError as err:
-            _raise_refusal(err)
+            if refusal := tls_refusal(err):
+                raise refusal from err
             raise
 
     def read_response(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +112,8 @@ class ShakesHands:
         try:
             return super().read_response(*args, **kwargs)  # type: ignore[misc]
         except redis.ConnectionError as err:
-            _raise_refusal(err)
+            if refusal := tls_refusal(err):
+                raise refusal from err
             raise
 
 
@@ -121,14 +124,16 @@ class ShakesHandsAsync:
         except TimeoutError as err:
             raise TLSTimeoutError(f"no TLS handshake within {self.socket_connect_timeout:g} s") from err
         except ssl.SSLError as err:
-            _raise_refusal(err)
+            if refusal := tls_refusal(err):
+                raise refusal from err
             raise
 
     async def read_response(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return await super().read_response(*args, **kwargs)  # type: ignore[misc]
         except redis.ConnectionError as err:
-            _raise_refusal(err)
+            if refusal := tls_refusal(err):
+                raise refusal from err
             raise
 
 

@@ -6,7 +6,7 @@ URL is read is in `sentinel_url`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
@@ -15,7 +15,6 @@ import redis.asyncio.sentinel
 import redis.connection
 import redis.sentinel
 from redis.asyncio.retry import Retry as AsyncRetry
-from redis.asyncio.sentinel import MasterNotFoundError as AsyncMasterNotFoundError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError
@@ -27,6 +26,7 @@ from embedq.producer.redis_connections import (
     ShakesHands,
     ShakesHandsAsync,
     TLSRefusedError,
+    tls_refusal,
 )
 from embedq.producer.sentinel_url import SentinelUrl
 
@@ -34,38 +34,73 @@ from embedq.producer.sentinel_url import SentinelUrl
 SENTINEL_TIMEOUT_S = 2.0
 
 
-class _MasterConnection(LeavesReplicas, redis.sentinel.SentinelManagedConnection):
+class _AsksSentinel:
+    """Asks again also where redis-py sends a command anew on a connection that broke: by itself it would go to the same
+    address."""
+
+    def send_packed_command(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._sock is None:
+            self.connect()
+        return super().send_packed_command(*args, **kwargs)  # type: ignore[misc]
+
+
+class _AsksSentinelAsync:
+    async def send_packed_command(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_connected:
+            await self.connect()
+        return await super().send_packed_command(*args, **kwargs)  # type: ignore[misc]
+
+
+class _MasterConnection(LeavesReplicas, _AsksSentinel, redis.sentinel.SentinelManagedConnection):
     pass
 
 
-class _TLSMasterConnection(ShakesHands, LeavesReplicas, redis.sentinel.SentinelManagedSSLConnection):
+class _TLSMasterConnection(ShakesHands, LeavesReplicas, _AsksSentinel, redis.sentinel.SentinelManagedSSLConnection):
     pass
 
 
-class _AsyncMasterConnection(LeavesReplicasAsync, redis.asyncio.sentinel.SentinelManagedConnection):
+class _AsyncMasterConnection(LeavesReplicasAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedConnection):
     pass
 
 
 class _AsyncTLSMasterConnection(
-    ShakesHandsAsync, LeavesReplicasAsync, redis.asyncio.sentinel.SentinelManagedSSLConnection
+    ShakesHandsAsync, LeavesReplicasAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedSSLConnection
 ):
     pass
 
 
 class _Sentinels(redis.sentinel.Sentinel):
-    def discover_master(self, service_name: str) -> Any:
-        try:
-            return super().discover_master(service_name)  # type: ignore[no-untyped-call]
-        except MasterNotFoundError as err:
-            raise _no_master(service_name, str(err)) from None
+    """As redis-py's, but for the error: where none names a master it says why in one line."""
+
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        errors: list[redis.RedisError] = []
+        for place, sentinel in enumerate(self.sentinels):
+            try:
+                masters: Any = sentinel.sentinel_masters()
+            except (redis.ConnectionError, redis.TimeoutError) as err:
+                errors.append(err)
+                continue
+            state = masters.get(service_name)
+            if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
+                self.sentinels.insert(0, self.sentinels.pop(place))
+                return state["ip"], state["port"]
+        raise _no_master(service_name, errors)
 
 
 class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
-    async def discover_master(self, service_name: str) -> Any:
-        try:
-            return await super().discover_master(service_name)
-        except AsyncMasterNotFoundError as err:
-            raise _no_master(service_name, str(err)) from None
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        errors: list[redis.RedisError] = []
+        for place, sentinel in enumerate(self.sentinels):
+            try:
+                masters: Any = await sentinel.sentinel_masters()
+            except (redis.ConnectionError, redis.TimeoutError) as err:
+                errors.append(err)
+                continue
+            state = masters.get(service_name)
+            if state and self.check_master_state(state, service_name):
+                self.sentinels.insert(0, self.sentinels.pop(place))
+                return state["ip"], state["port"]
+        raise _no_master(service_name, errors)
 
 
 class _MasterPool(redis.sentinel.SentinelConnectionPool):
@@ -140,12 +175,12 @@ def _asking(url: SentinelUrl, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**asked, **url.credentials}
 
 
-def _no_master(service: str, reasons: str) -> redis.RedisError:
-    """`reasons`: how each Sentinel answered that did not name a master, as redis-py tells it, with the errors' classes
-    and with how each client is configured."""
-    if "AuthenticationError" in reasons:
-        return redis.AuthenticationError("a Sentinel refuses sentinel_username and sentinel_password")
-    if "[SSL" in reasons:
-        return TLSRefusedError("a Sentinel and this side do not accept each other's certificates")
-    asked = "no Sentinel that can be reached" if "Error(" in reasons else "no Sentinel"
+def _no_master(service: str, errors: Sequence[redis.RedisError]) -> redis.RedisError:
+    """`errors`: what asking a Sentinel ended in, where it could not be asked."""
+    for err in errors:
+        if isinstance(err, redis.AuthenticationError):
+            return redis.AuthenticationError("a Sentinel refuses sentinel_username and sentinel_password")
+        if refusal := tls_refusal(err):
+            return TLSRefusedError(f"a Sentinel: {refusal}")
+    asked = "no Sentinel that can be reached" if errors else "no Sentinel"
     return MasterNotFoundError(f"{asked} names a live master of the service {service!r}")

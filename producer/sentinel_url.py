@@ -44,9 +44,7 @@ def parse(url: str) -> SentinelUrl:
     options = parse_qsl(parts.query)
     ours = {name.removeprefix(_PREFIX): value for name, value in options if name.startswith(_PREFIX)}
     if ours.keys() - {"username", "password"}:
-        raise _unreadable(
-            parts.scheme, "the Sentinels' options are sentinel_username and sentinel_password"
-        )
+        raise _unreadable(parts.scheme, "the Sentinels' options are sentinel_username and sentinel_password")
     query = urlencode([(name, value) for name, value in options if not name.startswith(_PREFIX)])
     return SentinelUrl(
         sentinels=[_address(parts.scheme, host) for host in hosts.split(",")],
