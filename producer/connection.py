@@ -46,6 +46,8 @@ _PASSING_REPLIES = re.compile(
     r"|read only replica|when used memory > 'maxmemory'"
 )
 _FULL = re.compile(r"\bOOM\b|when used memory > 'maxmemory'")
+#: How redis-py says that the other side ended a connection which it had accepted.
+_HUNG_UP = re.compile(r"Connection closed|reset by peer|Broken pipe|EOF occurred")
 #: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing more when they are sent twice.
 RETRIES = 2
 BACKOFF = ExponentialBackoff(cap=0.5, base=0.05)
@@ -76,7 +78,8 @@ def connect(url: str, **options: Any) -> redis.Redis:
         if (scheme := _scheme(url)) in sentinel_url.SCHEMES:
             client = sentinel.connect(url, settings)
         else:
-            client = redis.Redis.from_url(url, connection_class=_CONNECTIONS[scheme], **settings)
+            client = redis.Redis.from_url(url, **settings)
+            client.connection_pool.connection_class = _CONNECTIONS[scheme]
         _check_options(client)
     return client
 
@@ -88,7 +91,8 @@ def connect_async(url: str, **options: Any) -> redis.asyncio.Redis:
         if (scheme := _scheme(url)) in sentinel_url.SCHEMES:
             client = sentinel.connect_async(url, settings)
         else:
-            client = redis.asyncio.Redis.from_url(url, connection_class=_ASYNC_CONNECTIONS[scheme], **settings)
+            client = redis.asyncio.Redis.from_url(url, **settings)
+            client.connection_pool.connection_class = _ASYNC_CONNECTIONS[scheme]
         _check_options(client)
     return client
 
@@ -217,6 +221,11 @@ def translate(err: redis.RedisError, place: str) -> EmbedqError:
         return QueueConnectionError(f"Redis at {place} is still loading its data; try again in a moment")
     if isinstance(err, redis.TimeoutError):
         return QueueConnectionError(f"Redis at {place} does not answer in time ({reason})")
+    if isinstance(err, redis.ConnectionError) and _HUNG_UP.search(reason):
+        return QueueConnectionError(
+            f"Redis at {place} hung up ({reason}); is it going down, or does that port want TLS (rediss://), or your"
+            " certificate (ssl_certfile)?"
+        )
     if isinstance(err, redis.ConnectionError):
         return QueueConnectionError(
             f"no Redis at {place} ({reason}); is it running? `embedq up` starts one, --url or EMBEDQ_URL names another"

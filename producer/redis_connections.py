@@ -38,6 +38,12 @@ def tls_refusal(err: BaseException) -> TLSRefusedError | None:
     return None
 
 
+def _handshake_failure(err: redis.RedisError) -> redis.RedisError | None:
+    if isinstance(err, redis.TimeoutError) and "connecting" in str(err):
+        return TLSTimeoutError("no TLS handshake in time")
+    return tls_refusal(err)
+
+
 def _tls_reason(err: ssl.SSLError) -> str:
     if isinstance(err, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {err.verify_message}"
@@ -97,14 +103,12 @@ class ShakesHands:
         wrapped.settimeout(self.socket_timeout)
         return wrapped
 
-    def _connect(self: Any) -> Any:
+    def connect_check_health(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super()._connect()  # type: ignore[misc]
-        except TimeoutError as err:
-            raise TLSTimeoutError(f"no TLS handshake within {self.socket_connect_timeout:g} s") from err
-        except ssl.SSLError as err:
-            if refusal := tls_refusal(err):
-                raise refusal from err
+            return super().connect_check_health(*args, **kwargs)  # type: ignore[misc]
+        except (redis.TimeoutError, redis.ConnectionError) as err:
+            if failure := _handshake_failure(err):
+                raise failure from err
             raise
 
     def read_response(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,14 +122,12 @@ class ShakesHands:
 
 
 class ShakesHandsAsync:
-    async def _connect(self: Any) -> Any:
+    async def connect_check_health(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return await super()._connect()  # type: ignore[misc]
-        except TimeoutError as err:
-            raise TLSTimeoutError(f"no TLS handshake within {self.socket_connect_timeout:g} s") from err
-        except ssl.SSLError as err:
-            if refusal := tls_refusal(err):
-                raise refusal from err
+            return await super().connect_check_health(*args, **kwargs)  # type: ignore[misc]
+        except (redis.TimeoutError, redis.ConnectionError) as err:
+            if failure := _handshake_failure(err):
+                raise failure from err
             raise
 
     async def read_response(self: Any, *args: Any, **kwargs: Any) -> Any:
