@@ -104,7 +104,9 @@ class EmbedWorker(SimpleWorker):
         """RQ would raise the time limit of every command to seven minutes, for a command that blocks. None of ours does
         without looking after itself, and a Redis that hangs must be noticed within a lease.
         """
-        connection.connection_pool.connection_kwargs.setdefault("socket_timeout", SOCKET_TIMEOUT_S)
+        options = connection.connection_pool.connection_kwargs
+        if options.get("socket_timeout") is None:
+            options["socket_timeout"] = SOCKET_TIMEOUT_S
         return connection
 
     # --- RQ's entry point

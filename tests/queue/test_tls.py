@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from embedq.producer import (
 )
 from embedq.producer import connection as connections
 from embedq.producer.connection import connect, connect_async
+from embedq.worker.redis_server import free_port
 from tests.conftest import until
 from tests.queue.test_worker import EMBEDQ, Start, idle_workers, start  # noqa: F401
 from tests.queue.tls_redis import Certificates, TLSRedis, tls_binaries
@@ -78,6 +80,45 @@ def test_an_idle_worker_by_tls_wakes_at_once_when_a_job_comes(tls_url: str, star
         began_at = time.monotonic()
         queue.embed("text", timeout=20)
         assert time.monotonic() - began_at < 5
+
+
+@pytest.mark.parametrize("binary", tls_binaries())
+def test_master_and_sentinel_are_reached_by_tls_alike(
+    short_path: Path,
+    certificates: Certificates,
+    start: Start,  # noqa: F811
+    binary: str,
+) -> None:
+    port = free_port()
+    with TLSRedis(short_path, certificates, binary) as server:
+        configuration = short_path / "sentinel.conf"
+        configuration.write_text(
+            f"port 0\nbind 127.0.0.1\ndir {short_path}\ntls-replication yes{certificates.directives(port)}"
+            f"sentinel monitor otters 127.0.0.1 {server.port} 1\n"
+        )
+        sentinel = subprocess.Popen([binary, str(configuration), "--sentinel"], stdout=subprocess.DEVNULL)
+        try:
+            hosts = f"127.0.0.1:{port}/otters/0"
+            right = f"rediss+sentinel://{hosts}?{certificates.options()}"
+            with EmbedQueue(right) as queue:
+                until(lambda: _is_served(queue))
+                start(at=right)
+                assert len(queue.embed("text", timeout=20)) == 1
+            for wrong, kind in (
+                (right.replace(str(certificates.ca), str(certificates.other_ca)), QueueAccessError),
+                (f"redis+sentinel://{hosts}", QueueConnectionError),
+            ):
+                with EmbedQueue(wrong) as queue, pytest.raises(kind):
+                    queue.depth()
+        finally:
+            sentinel.terminate()
+            sentinel.wait(20)
+
+
+def _is_served(queue: EmbedQueue) -> bool:
+    with contextlib.suppress(QueueConnectionError):
+        return queue.depth() >= 0
+    return False
 
 
 Wrong = Callable[[TLSRedis, Certificates], str]

@@ -53,6 +53,13 @@ class Certificates:
         """Of a URL, for a client that does everything right."""
         return f"ssl_ca_certs={self.ca}&ssl_certfile={self.client}&ssl_keyfile={self.client_key}"
 
+    def directives(self, port: int) -> str:
+        """For the configuration of a server that speaks TLS on this port."""
+        return (
+            f"\ntls-port {port}\ntls-auth-clients yes\ntls-ca-cert-file {self.ca}\n"
+            f"tls-cert-file {self.server}\ntls-key-file {self.server_key}\n"
+        )
+
 
 def tls_binaries() -> list[str]:
     return [binary for binary in redis_binaries() if _speaks_tls(binary)]
@@ -72,10 +79,7 @@ class TLSRedis:
         configuration = Path(shutil.copy(CONFIGURATION, folder))
         if binary is not None:
             with configuration.open("a") as lines:
-                lines.write(
-                    f"\ntls-port {self.port}\ntls-auth-clients yes\ntls-ca-cert-file {certificates.ca}\n"
-                    f"tls-cert-file {certificates.server}\ntls-key-file {certificates.server_key}\n"
-                )
+                lines.write(certificates.directives(self.port))
         self._server = RedisServer(folder, port=0, binary=binary or redis_binaries()[0], configuration=configuration)
         self._proxy = None if binary is not None else TLSProxy(self.port, certificates, self._server)
         self._on_exit = contextlib.ExitStack()
