@@ -55,6 +55,9 @@ class ReplicatedRedis:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        # Asked to end they would wait for each other.
+        self.master.kill()
+        self.replica.kill()
         self._on_exit.close()
 
     def is_in_step(self) -> bool:

@@ -25,11 +25,16 @@ from embedq.producer import (
     keys,
     wire,
 )
-from embedq.producer.connection import connect
+from embedq.producer.connection import SOCKET_TIMEOUT_S, connect
 from embedq.producer.embeddings import Embeddings
+from embedq.worker import EmbedWorker, WorkerSettings, waiting
+from embedq.worker.callbacks import CallbackThread
 from embedq.worker.claims import Claim, ClaimStore, Outcome
+from embedq.worker.interruptions import Interruptions
+from embedq.worker.leases import LeaseKeeper
 from embedq.worker.promotion import Promoter
 from embedq.worker.redis_server import RedisServer
+from embedq.worker.sequels import Sequels
 from embedq.worker.waiting import QueueWaiter
 from tests.conftest import redis_binaries, until
 from tests.queue.cutting_proxy import CuttingProxy
@@ -282,6 +287,19 @@ def test_begin(world: World) -> None:
     assert world.direct._redis.hget(key, "begun")
 
 
+def test_stop(world: World) -> None:
+    job = world.via.enqueue("a", retries=3)
+    leases = LeaseKeeper(world.store, ["embed"], 60, on_abandoned=lambda *_: None, on_forgotten=lambda: None)
+    leases.hold(world.claim())
+    sequels = Sequels(world.via._client, ["embed"], CallbackThread(()))
+    interruptions = Interruptions(world.via._client, "worker", leases, sequels)
+    with world.fault(interruptions._stop):
+        interruptions.stop(job.id)
+    assert (job.status(), world.started(), world.waiting()) == (JobStatus.STOPPED, 0, [])
+    assert world.direct._redis.xlen(keys.results(job.id)) == 1
+    assert [leases.is_lost(claim) for claim in leases.held()] == [True]
+
+
 # --- a server that is full
 
 
@@ -335,6 +353,30 @@ def test_a_worker_keeps_its_results_and_its_claims_until_a_full_server_has_room(
         assert "must wait for Redis" in each.log.read_text()
 
 
+# --- a server that hangs
+
+
+def test_a_worker_keeps_the_time_limit_of_its_connection(url: str) -> None:
+    """RQ would raise it to seven minutes, for which a Redis that hangs would stop everything."""
+    for given, kept in (({"socket_timeout": 3.0}, 3.0), ({}, SOCKET_TIMEOUT_S), ({"socket_timeout": None}, 30.0)):
+        with connect(url, **given) as client:
+            worker = EmbedWorker(["embed"], connection=client, settings=WorkerSettings(model="noop:8"))
+            assert worker.connection.connection_pool.connection_kwargs["socket_timeout"] == kept
+
+
+def test_a_wait_that_the_server_does_not_end_is_given_up(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiter = QueueWaiter(queue._client, [keys.queue("embed")])
+    with contextlib.closing(waiter):
+        assert not waiter.wait(0.01)
+        monkeypatch.setattr(waiting, "SERVER_TIMEOUT_S", 0)
+        monkeypatch.setattr(waiting, "ANSWER_S", 0)
+        with pytest.raises(redis.TimeoutError):
+            waiter.wait(0.01)
+        monkeypatch.undo()
+        queue.enqueue("text")
+        assert waiter.wait(20)
+
+
 # --- a server that cannot save
 
 
@@ -370,6 +412,9 @@ def switched(
     old, new = (RedisServer(short_path / name, port=0, binary=request.param) for name in ("old", "new"))
     with old, new, CuttingProxy(old.url) as proxy:
         yield proxy, old, new
+        # Asked to end they would wait for each other.
+        old.kill()
+        new.kill()
 
 
 def switch(proxy: CuttingProxy, old: RedisServer, new: RedisServer) -> None:
