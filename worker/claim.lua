@@ -30,7 +30,8 @@ local second = string.format('%.6f', started)
 
 -- fields: of the job's hash, those of FIELDS.
 local function told(queue, id, execution, fields)
-  local tried = attempts(fields[5], fields[6], fields[7])
+  -- Most jobs are as they were enqueued: no counter, and all of their retries left.
+  local tried = (fields[5] or fields[6] ~= fields[7]) and attempts(fields[5], fields[6], fields[7]) or 0
   if tried == 0 then
     return {queue, id, execution, fields[2], fields[3] or ''}
   end

@@ -56,6 +56,9 @@ class Quarantine:
         return list(itertools.islice(before_last, GROUP_JOBS)) or [self._claims[0]]
 
     def _try_alone(self, claim: Claim, is_stopping: Callable[[], bool]) -> None:
+        # Noted before the payload is even decompressed: a death that nobody is charged with would repeat for ever.
+        if not self._begin([claim], None):
+            return
         requests = self._stages.one_by_one(claim)
         for index, request in enumerate(requests):
             if is_stopping() or not self._begin([claim], index):

@@ -262,12 +262,11 @@ def test_a_text_that_kills_the_tokenizer_is_named_too(queue: EmbedQueue, fleet: 
 def test_a_micro_batch_that_hangs_ends_the_worker_and_at_last_its_job(queue: EmbedQueue, fleet: Fleet) -> None:
     innocent = queue.enqueue_many([f"innocent {n}" for n in range(5)], retries=1)
     poison = queue.enqueue(["fine", "hang"], retries=1)
-    # More than is claimed ahead: these were not on the device.
     fleet.drain(queue, [*innocent, poison], "--encode-timeout-s", "1")
     assert {job.status() for job in innocent} == {JobStatus.FINISHED}
     assert (failure(poison).code, failure(poison).text_index) == ("hung", 1)
-    assert fleet.statuses.count(8) == 2
-    assert "has not ended within 1 s" in fleet.log()
+    assert fleet.statuses[0] == 8
+    assert fleet.log().count("has not ended within 1 s") == 2
 
 
 def test_a_lost_device_ends_the_worker_with_a_status_of_its_own(queue: EmbedQueue, fleet: Fleet) -> None:
@@ -276,7 +275,7 @@ def test_a_lost_device_ends_the_worker_with_a_status_of_its_own(queue: EmbedQueu
     fleet.drain(queue, [*innocent, poison])
     assert {job.status() for job in innocent} == {JobStatus.FINISHED}
     assert (failure(poison).code, failure(poison).text_index) == ("device_lost", 1)
-    assert fleet.statuses == [7, 7][: len(fleet.statuses)]
+    assert fleet.statuses[0] == 7
     assert "error: CUDA error: device-side assert triggered" in fleet.log()
 
 
