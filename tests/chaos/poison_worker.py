@@ -21,7 +21,7 @@ from embedq.worker.settings import WorkerSettings
 #: What a poison text begins with; its kind follows, and a blank.
 MARK = "poison-"
 #: Seconds of one micro-batch, and of each of its tokens: full ones are worth having.
-BATCH_S, TOKEN_S = 0.01, 0.00005
+BATCH_S, TOKEN_S = 0.01, 0.0002
 #: Seconds that a hanging text takes: longer than any watchdog waits.
 HANG_S = 3600.0
 

@@ -25,10 +25,11 @@ from tests.chaos.drill_report import markdown, tell
 from tests.chaos.fleet import Fleet, Footprint
 
 MODEL = "noop:768"
-#: Jobs after which caches are full and the allocator has what it needs.
-WARM_UP_JOBS = 50_000
-#: Texts under way.
-WINDOW_TEXTS = 4096
+#: Jobs after which caches are full and the allocator has what it needs; in bursts, as a thread, its share of the heap
+#: and its connection are made when it has something to do for the first time.
+WARM_UP_JOBS, WARM_UP_BURSTS = 50_000, 10
+#: Texts under way; in the warm-up so many that every thread is busy.
+WINDOW_TEXTS, WARM_UP_WINDOW_TEXTS = 4096, 65_536
 #: One result in so many is compared with the reference.
 CHECK_EVERY = 1000
 #: Seconds in which a worker without jobs comes to rest, and Redis gives back the buffers of closed connections.
@@ -101,7 +102,9 @@ class _Soak:
         self._peak_rss_bytes = 0
 
     def run(self, num_jobs: int, warm_up_jobs: int) -> Findings:
-        self._work(warm_up_jobs, "warm-up")
+        self._at_rest()  # Redis keeps statistics of each command from its first call on
+        for burst in range(WARM_UP_BURSTS):
+            self._work(warm_up_jobs // WARM_UP_BURSTS, f"warm-up {burst}", WARM_UP_WINDOW_TEXTS, tellings=1)
         before = self._at_rest()
         self._peak_rss_bytes = 0
         began_at = time.monotonic()
@@ -113,11 +116,11 @@ class _Soak:
         redis_version = self._redis.info("server")["redis_version"]
         return Findings(num_jobs, took_s, before, after, self._peak_rss_bytes, redis_version)
 
-    def _work(self, number: int, what: str) -> None:
-        tell_every = max(1, number // TELLINGS)
+    def _work(self, number: int, what: str, window: int = WINDOW_TEXTS, tellings: int = TELLINGS) -> None:
+        tell_every = max(1, number // tellings)
         began_at = time.monotonic()
         texts = (f"{what} text number {place}" for place in range(number))
-        stream = self._queue.embed_stream(texts, window=WINDOW_TEXTS, texts_per_job=1, ordered=False)
+        stream = self._queue.embed_stream(texts, window=window, texts_per_job=1, ordered=False)
         for done, item in enumerate(stream, 1):
             if item.index % CHECK_EVERY == 0:
                 self._check(f"{what} text number {item.index}", item.vector)
@@ -133,6 +136,7 @@ class _Soak:
         assert np.array_equal(vector, wanted), f"{text!r} has another vector"
 
     def _at_rest(self) -> AtRest:
+        self._redis.slowlog_reset()  # Redis' own diary, of at most 128 commands
         time.sleep(REST_S)
         memory = self._redis.info("memory")
         redis_bytes = memory["used_memory"] - memory["mem_clients_normal"] - memory["mem_aof_buffer"]
