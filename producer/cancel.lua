@@ -19,7 +19,10 @@ end
 
 local function cancel(id)
   local key, stream = prefix .. ':job:' .. id, prefix .. ':results:' .. id
-  local fields = redis.call('HMGET', key, 'status', 'origin', 'failure_ttl', 'embedq_change')
+  local fields = redis.pcall('HMGET', key, 'status', 'origin', 'failure_ttl', 'embedq_change')
+  if fields.err then
+    return false -- something else stands there
+  end
   local status, queue = fields[1], fields[2]
   local ttl = seconds(fields[3], default_ttl)
   if not status or not queue then
@@ -33,6 +36,13 @@ local function cancel(id)
     return status
   end
 
+  clear_way('list', prefix .. ':queue:' .. queue)
+  clear_way('stream', stream)
+  clear_way('zset', prefix .. ':executions:' .. id)
+  clear_way('zset', wip_key(prefix, queue))
+  for _, registry in ipairs({':scheduled:', ':deferred:', ':canceled:'}) do
+    clear_way('zset', prefix .. registry .. queue)
+  end
   -- First what a server without memory refuses, so that it refuses before anything has changed.
   redis.call('HSET', key, 'status', 'canceled', 'ended_at', timestamp(), 'embedq_change', nonce .. ' ' .. status)
   redis.call('XADD', stream, 'MAXLEN', '~', 10, '*', 'type', 3, 'worker_name', '')
@@ -42,7 +52,8 @@ local function cancel(id)
   redis.call('ZREM', prefix .. ':scheduled:' .. queue, id)
   redis.call('ZREM', prefix .. ':deferred:' .. queue, id)
   for _, execution in ipairs(redis.call('ZRANGE', prefix .. ':executions:' .. id, 0, -1)) do
-    local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
+    local worker = redis.pcall('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name')
+    worker = type(worker) == 'string' and worker or ''
     end_execution(prefix, queue, id, execution, worker)
     tell(worker, id)
   end

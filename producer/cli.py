@@ -19,6 +19,7 @@ import orjson
 import redis
 
 from embedq.producer import fleet, formats
+from embedq.producer.checks import printable
 from embedq.producer.client import DEFAULT_QUEUE
 from embedq.producer.connection import DEFAULT_URL, connect
 from embedq.producer.embeddings import Embeddings
@@ -389,7 +390,7 @@ def _for_each(job_ids: tuple[str, ...], url: str, action: Callable[[EmbedQueue, 
             except EmbedqError as err:
                 if len(job_ids) == 1:
                     raise
-                click.echo(f"{job_id}  {err}", err=True)
+                click.echo(f"{job_id}  {printable(str(err))}", err=True)
                 first_error = first_error or err
             else:
                 echo_json({"id": job_id, "outcome": outcome}) if as_json else click.echo(f"{job_id}  {outcome}")

@@ -29,10 +29,11 @@ DEFAULT_URL = "redis://localhost:6379/0"
 CONNECT_TIMEOUT_S = 5.0
 SOCKET_TIMEOUT_S = 30.0
 #: How Redis says that it cannot serve at the moment: as an error of its own class, or from inside a script of ours
-#: as text, in which some releases leave out the code.
+#: as text, in which some releases leave out the code. WRONGTYPE: somebody put another kind of key under a name of
+#: RQ's, which the next script clears away.
 _PASSING_ERRORS = (redis.ReadOnlyError, redis.OutOfMemoryError, redis.exceptions.MasterDownError)
 _PASSING_REPLIES = re.compile(
-    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED)\b"
+    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED|WRONGTYPE)\b"
     r"|read only replica|when used memory > 'maxmemory'"
 )
 _FULL = re.compile(r"\bOOM\b|when used memory > 'maxmemory'")

@@ -19,6 +19,7 @@ from embedq.model import ModelError
 from embedq.model.bench_cli import bench_group
 from embedq.model.cli import model_group
 from embedq.producer import cli as client
+from embedq.producer.checks import printable
 from embedq.producer.client import DEFAULT_QUEUE, check_queue_name
 from embedq.producer.connection import connect, translated_errors
 from embedq.producer.errors import (
@@ -63,7 +64,7 @@ class ErrorLine(click.ClickException):
     """An error as click shows it: one line, and an exit status."""
 
     def __init__(self, message: str, status: int) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
         self._status = status
 
     @property

@@ -31,7 +31,8 @@ end
 
 local function recover(id, execution)
   local job = job_after(prefix, id, has_dependents(prefix, id))
-  local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
+  local worker = redis.pcall('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name')
+  worker = type(worker) == 'string' and worker or '' -- of a record of another type nothing is known
   if job.status == 'started' then
     local again = try_again(prefix, queue, id)
     if again then
@@ -50,6 +51,7 @@ local function recover(id, execution)
   end_execution(prefix, queue, id, execution, worker)
 end
 
+clear_way_for_end(prefix, queue)
 while taken < limit do
   local pairs_here = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', cutoff, 'LIMIT', left_alone, 100)
   if #pairs_here == 0 then
