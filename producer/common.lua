@@ -14,9 +14,10 @@ end
 
 -- Clears the way for a key of ours where somebody put one of another type, of which no RQ tool can make anything. The
 -- first thing in a script: one that raised half-way would leave half of its work.
+-- pcall: a user who may not look at the key may not write there either, and learns of it where that matters.
 local function clear_way(kind, key)
-  local found = redis.call('TYPE', key).ok
-  if found ~= kind and found ~= 'none' then
+  local found = redis.pcall('TYPE', key).ok
+  if found and found ~= kind and found ~= 'none' then
     redis.call('DEL', key)
   end
 end

@@ -37,6 +37,8 @@ _PASSING_REPLIES = re.compile(
     r"|read only replica|when used memory > 'maxmemory'"
 )
 _FULL = re.compile(r"\bOOM\b|when used memory > 'maxmemory'")
+#: How a script says what its user may not do.
+_DENIED = re.compile(r"NOPERM|The user executing the script can't (?:run|access)|ACL failure in script")
 #: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing more when they are sent twice.
 RETRIES = 2
 BACKOFF = ExponentialBackoff(cap=0.5, base=0.05)
@@ -132,7 +134,9 @@ def closed() -> QueueConnectionError:
 
 def translate(err: redis.RedisError, place: str) -> EmbedqError:
     reason = " ".join(str(err).split())
-    if isinstance(err, (redis.AuthenticationError, redis.exceptions.NoPermissionError)) or "NOAUTH" in reason:
+    if isinstance(err, redis.exceptions.NoPermissionError) or _DENIED.search(reason):
+        return QueueAccessError(f"Redis at {place} does not permit this to its user ({reason}); see users.acl")
+    if isinstance(err, redis.AuthenticationError) or "NOAUTH" in reason:
         return QueueAccessError(
             f"Redis at {place} refuses these credentials ({reason}); put them into the URL: redis://USER:PASSWORD@HOST"
         )

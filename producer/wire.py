@@ -271,5 +271,15 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 def _holds_many_values(plain: bytes) -> bool:
-    between = _STRING.sub(b"", plain)
-    return sum([between.count(mark) for mark in (b",", b"[", b"{")]) > MAX_REQUEST_VALUES
+    """Counts what separates values and opens lists, outside of strings; and looks no further than it must."""
+    num_values = end_before = 0
+    for num_strings, string in enumerate(_STRING.finditer(plain)):
+        num_values += _count_marks(plain, end_before, string.start())
+        end_before = string.end()
+        if max(num_values, num_strings) > MAX_REQUEST_VALUES:
+            return True
+    return num_values + _count_marks(plain, end_before, len(plain)) > MAX_REQUEST_VALUES
+
+
+def _count_marks(plain: bytes, start: int, end: int) -> int:
+    return sum([plain.count(mark, start, end) for mark in (b",", b"[", b"{")])
