@@ -32,7 +32,7 @@ from embedq.producer.errors import (
     QueueServerError,
     ResultTimeoutError,
 )
-from embedq.worker import logs
+from embedq.worker import logs, processes
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 
 EXIT_USAGE = 2
@@ -115,7 +115,8 @@ class ErrorGroup(click.Group):
 @click.group(cls=ErrorGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="embedq", message="embedq %(version)s")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
-def main(debug: bool) -> None:
+@click.pass_context
+def main(context: click.Context, debug: bool) -> None:
     """Text embeddings over a Redis queue.
 
     Put texts on a queue, let workers drain it in micro-batches, fetch the vectors by job id. Each option has an
@@ -126,6 +127,7 @@ def main(debug: bool) -> None:
     At home: embedq up            then  embedq embed "a text" --url URL
     A fleet: embedq worker --url redis://...
     """
+    processes.retitle(context.invoked_subcommand or "")
     logs.configure("text", logging.DEBUG if debug else logging.INFO)
 
 
@@ -245,6 +247,7 @@ def worker(
     logs.configure(checked.log_format, logging.DEBUG if context.find_root().params.get("debug") else logging.INFO)
     connection = connect(url)
     names = [check_queue_name(queue) for queue in queues or [DEFAULT_QUEUE]]
+    processes.retitle(f"worker {printable(' '.join(names))}")
     with translated_errors(connection):
         connection.ping()
         name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"

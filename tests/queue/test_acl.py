@@ -39,7 +39,7 @@ SECRET = "s3cret"
 
 def acl_lines(name: str) -> list[str]:
     text = files("embedq.worker").joinpath(name).read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
+    return text.splitlines()
 
 
 class Served:
@@ -130,6 +130,22 @@ def test_the_default_user_is_off_and_nobody_has_a_password_as_shipped() -> None:
             assert {"resetpass", "resetkeys", "resetchannels", "-@all"} <= set(words)
             assert not [word for word in words if word[0] in "><#" or word in ("nopass", "allkeys", "allcommands")]
             assert not [word for word in words if word.startswith("+@") or word in ("~*", "~rq:*", "&*")]
+
+
+@pytest.mark.parametrize("binary", redis_binaries())
+def test_a_server_takes_the_file_as_it_is_and_lets_nobody_in(binary: str, short_path: Path) -> None:
+    shown = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+    users = files("embedq.worker").joinpath("users-6.acl" if " v=6." in shown.stdout else "users.acl")
+    arguments = ["--aclfile", str(users), "--port", "0", "--unixsocket", "s", "--dir", str(short_path), "--save", ""]
+    process = subprocess.Popen([binary, *arguments], stdout=subprocess.DEVNULL)
+    try:
+        until((short_path / "s").exists)
+        for login in ("", "default:@", "embedq-worker:@", "embedq-producer:x@"):
+            with connect(f"unix://{login}{short_path}/s") as client, pytest.raises(redis.RedisError):
+                client.get("x")
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def test_nobody_gets_in_without_a_password(served: Served) -> None:
