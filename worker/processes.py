@@ -31,7 +31,8 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
     In a session of its own: Ctrl-C in the terminal reaches us alone, and we end our children in order.
     """
     with log.open("ab") as output:
-        return subprocess.Popen(
+        # Commands of our own: this Python or a redis-server.
+        return subprocess.Popen(  # nosec B603
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
