@@ -26,7 +26,7 @@ import orjson
 from embedq.producer.checks import is_int, shown
 from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import InvalidRequestError, JobFailedError, WireError
-from embedq.producer.options import MAX_TEXTS_PER_JOB, EmbedOptions, check_texts
+from embedq.producer.options import MAX_JOB_CHARS, MAX_TEXTS_PER_JOB, EmbedOptions, check_texts
 
 #: The RQ function of every job of ours, by path, so that enqueueing imports no torch.
 FUNCTION = "embedq.worker.tasks.embed"
@@ -258,14 +258,26 @@ def inflate(data: bytes, max_bytes: int) -> bytes:
 
 
 def _loads(plain: bytes) -> Any:
-    if len(plain) >= COUNT_FROM_BYTES and _holds_many_values(plain):
-        raise WireError(f"the job's data holds more than {MAX_REQUEST_VALUES:,} values; no request of ours does")
+    if len(plain) >= COUNT_FROM_BYTES:
+        _check_contents(plain)
     try:
         return orjson.loads(plain)
     except orjson.JSONDecodeError as err:
         raise WireError(f"the job's data is not JSON: {_reason(err)}") from err
 
 
+def _check_contents(plain: bytes) -> None:
+    """Raises WireError for what would take many times its bytes once it is parsed."""
+    # Of an escape of two or six bytes one is a character: more than so many are there for certain.
+    num_chars = len(plain.translate(None, _CONTINUATIONS)) - plain.count(b"\\") - 4 * plain.count(b"\\u")
+    if num_chars > MAX_JOB_CHARS + COUNT_FROM_BYTES:
+        raise WireError(f"the job's data has {num_chars:,} characters; at most {MAX_JOB_CHARS:,} of texts go")
+    if _holds_many_values(plain):
+        raise WireError(f"the job's data holds more than {MAX_REQUEST_VALUES:,} values; no request of ours does")
+
+
+#: The bytes of UTF-8 that begin no character.
+_CONTINUATIONS = bytes(range(0x80, 0xC0))
 #: A JSON string. Possessive, as one that went back would need memory for each character.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
