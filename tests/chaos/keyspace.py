@@ -1,0 +1,49 @@
+"""What of Redis' keys a run explains; everything else is a stray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from embedq.producer import keys
+from tests.chaos.checks import Violation
+
+#: What a queue leaves behind for good: the set of queues, registries, RQ's lock.
+LASTING = (keys.QUEUES, keys.WORKERS)
+#: What is kept of a dead worker until it expires, by the end of its key.
+WORKER_ENDS = ("", ":claim")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    name: str
+    #: seconds; -1: kept for good
+    ttl_s: int
+
+
+def strays(found: Iterable[Key], queue: str, is_kept: Callable[[str], bool]) -> Iterator[Violation]:
+    """`is_kept`: whether the result of a job of that id is still to be there, or may be."""
+    lasting = {*LASTING, keys.finished(queue), keys.failed(queue), keys.canceled(queue)}
+    lasting |= {f"{keys.WORKERS}:{queue}", f"{keys.PREFIX}:clean_registries:{queue}"}
+    for key in found:
+        reason = _reason(key, lasting, is_kept)
+        if reason is not None:
+            yield Violation("stray", key.name, reason)
+
+
+def _reason(key: Key, lasting: set[str], is_kept: Callable[[str], bool]) -> str | None:
+    """Why a key should not be there; None if it may."""
+    if key.name in lasting:
+        return None
+    for prefix in (keys.job(""), keys.results("")):
+        if key.name.startswith(prefix):
+            if not is_kept(key.name.removeprefix(prefix)):
+                return "of a job that should be gone, or never was"
+            return None if key.ttl_s >= 0 else "of an ended job, and it never expires"
+    prefix = keys.worker("")
+    if key.name.startswith(prefix):
+        name = key.name.removeprefix(prefix)
+        if not any(name.endswith(end) and ":" not in name.removesuffix(end) for end in WORKER_ENDS):
+            return "of a worker, and nothing that one leaves"
+        return None if key.ttl_s >= 0 else "of a worker, and it never expires"
+    return "nothing that is known leaves such a key"
