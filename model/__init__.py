@@ -12,6 +12,7 @@ from embedq.model.calibration import Calibration, shipped_ranges
 from embedq.model.encoder import ChunkedText, Encoder, Output, Precision, TokenizedText, TruncationSide
 from embedq.model.errors import (
     DeviceError,
+    DeviceLostError,
     ModelDownloadError,
     ModelError,
     ModelFormatError,
@@ -33,6 +34,7 @@ __all__ = [
     "Calibration",
     "ChunkedText",
     "DeviceError",
+    "DeviceLostError",
     "Encoder",
     "ModelDownloadError",
     "ModelError",

@@ -11,7 +11,8 @@
     ├── ModelOptionError          the model cannot do what this call asks for
     │   └── TextTooLongError      over max_seq_length, and truncation was declined
     ├── NonFiniteError            a text's vector came out with NaN or Inf
-    └── DeviceError               the device or dtype is not available here, or one text is too much for it
+    ├── DeviceError               the device or dtype is not available here, or one text is too much for it
+    └── DeviceLostError           nothing runs on the device any more in this process     (retryable)
 
 This tree stands apart from `embedq.producer.errors`: neither package may import the other. The worker
 translates a `ModelError` into a job failure by its `code`.
@@ -81,3 +82,10 @@ class NonFiniteError(ModelError):
 
 class DeviceError(ModelError):
     code = "device_unavailable"
+
+
+class DeviceLostError(ModelError):
+    """Raised by every call from then on: only a new process gets the device back."""
+
+    code = "device_lost"
+    retryable = True

@@ -153,9 +153,11 @@ class JobFailedError(EmbedqError):
         return JobFailedError(self.message, code=self.code, retryable=self.retryable, text_index=index)
 
     @classmethod
-    def abandoned(cls) -> JobFailedError:
-        message = "a worker died with the job in hand and no retries were left"
-        return cls(message, code=cls.ABANDONED, retryable=True)
+    def abandoned(cls, index: int | None = None) -> JobFailedError:
+        """`index` of the text that the worker was at, all by itself, where that is known."""
+        which = "the job" if index is None else f"text {index}"
+        message = f"a worker died with {which} in hand and no retries were left"
+        return cls(message, code=cls.ABANDONED, retryable=True, text_index=index)
 
     @classmethod
     def parse(cls, exc_string: str) -> JobFailedError:

@@ -15,19 +15,27 @@
 -- ARGV[7+] the queues' names, as many as lists
 --
 -- Returns {now in seconds, state, job, job, ...}. State: 'suspended', 'empty' if the queues are, else 'more'. Each job
--- is {queue name, id, execution id, data, enqueued_at}, data false where the hash has none.
+-- is {queue name, id, execution id, data, enqueued_at}, data false where the hash has none; one that was tried before
+-- has two items more: how often, and its retries left.
 
 local BYTES_PER_TEXT = 8 -- so that a job of many empty texts, which compress to nothing, is not free
 local LOOK_AHEAD = 100 -- ids read off a list at a time
 local MAX_LOOKS = 10000 -- ids looked at in one call, however many of them are jobs that vanished
+local FIELDS = {'status', 'data', 'enqueued_at', 'embedq_texts', 'embedq_attempts', 'embedq_retries', 'retries_left'}
 
 local prefix, worker, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local max_jobs, max_bytes, nonce = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local started, now = clock(), timestamp()
 local second = string.format('%.6f', started)
 
-local function told(queue, id, execution, data, enqueued_at)
-  return {queue, id, execution, data, enqueued_at or ''}
+-- fields: of the job's hash, those of FIELDS.
+local function told(queue, id, execution, fields)
+  -- Most jobs are as they were enqueued: no counter, and all of their retries left.
+  local tried = (fields[5] or fields[6] ~= fields[7]) and attempts(fields[5], fields[6], fields[7]) or 0
+  if tried == 0 then
+    return {queue, id, execution, fields[2], fields[3] or ''}
+  end
+  return {queue, id, execution, fields[2], fields[3] or '', tried, math.max(0, seconds(fields[7], 0))}
 end
 
 -- The claims of the call before, whose reply was lost, in their order.
@@ -37,11 +45,11 @@ local function tell_again()
     local id, execution = string.match(pair, '^(.*):([^:]*)$')
     if id and string.sub(execution, 1, #nonce + 1) == nonce .. '-' then
       local queue = redis.call('HGET', prefix .. ':execution:' .. pair, 'queue')
-      local fields = redis.call('HMGET', prefix .. ':job:' .. id, 'status', 'data', 'enqueued_at')
+      local fields = redis.call('HMGET', prefix .. ':job:' .. id, unpack(FIELDS))
       if queue and fields[1] == 'started' then
         local place = tonumber(string.sub(execution, #nonce + 2))
         places[#places + 1] = place
-        jobs[place] = told(queue, id, execution, fields[2], fields[3])
+        jobs[place] = told(queue, id, execution, fields)
       end
     end
   end
@@ -69,7 +77,7 @@ local executions_prefix, keep_until, lease_until = prefix .. ':executions:', sta
 
 local function claim(queue, id)
   local key = job_prefix .. id
-  local fields = redis.pcall('HMGET', key, 'status', 'data', 'enqueued_at', 'embedq_texts')
+  local fields = redis.pcall('HMGET', key, unpack(FIELDS))
   local status, data = fields[1], fields[2]
   -- Vanished, canceled or never a job: nothing to do for it. (pcall: a key of another type.)
   if fields.err or (status or 'queued') ~= 'queued' or (not status and call('EXISTS', key) == 0) then
@@ -94,7 +102,7 @@ local function claim(queue, id)
   all_pairs[num_claimed] = pair
   leases[#leases + 1] = lease_until
   leases[#leases + 1] = pair
-  claimed[num_claimed + 2] = told(queue, id, execution, data, fields[3])
+  claimed[num_claimed + 2] = told(queue, id, execution, fields)
   bytes = bytes + math.max(data and #data or 0, BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
 end
 

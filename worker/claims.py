@@ -1,4 +1,4 @@
-"""The worker's half of the Redis protocol: claim, publish, release, renew, recover.
+"""The worker's half of the Redis protocol: claim, begin, publish, release, renew, recover.
 
 Knows the scripts and what they take; each runs in one step on the server. Knows nothing of texts or models.
 Every method raises redis-py's errors; redis-py may send each call again after a lost reply.
@@ -38,6 +38,10 @@ class Claim:
     data: bytes
     #: seconds from enqueueing to the claim, by the server's clock
     queued_s: float
+    #: how often it was tried before, by whichever workers
+    attempts: int = 0
+    #: whether it was tried before, and is not tried again
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ class ClaimStore:
         self._claim = scripts.load(client, __package__, "claim")
         self._finish = scripts.load(client, __package__, "finish")
         self._finish_staged = StagedScript(client, self._finish)
+        self._begin = scripts.load(client, __package__, "begin")
         self._release = scripts.load(client, __package__, "release")
         self._renew = scripts.load(client, __package__, "renew")
         self._recover = scripts.load(client, __package__, "recover")
@@ -121,6 +126,16 @@ class ClaimStore:
         self._nonce = _fresh_nonce()
         claimed_at = float(reply[0])
         return Claimed([_read_claim(fields, claimed_at) for fields in reply[2:]], state=reply[1].decode())
+
+    def begin(self, begun: Sequence[tuple[Claim, JobFailedError]]) -> list[Claim]:
+        """Notes on jobs that were tried before what each fails with if this worker dies now; those that are lost.
+
+        Without the note a dead worker costs such a job no attempt.
+        """
+        args: list[Any] = [keys.PREFIX]
+        for claim, failure in begun:
+            args += (claim.queue, claim.job_id, claim.execution_id, wire.encode_exc_string(failure))
+        return [begun[place - 1][0] for place in self._begin(keys=[], args=args)]
 
     def publish(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Those after which something is still to be done. One round trip."""
@@ -170,10 +185,14 @@ def _fresh_nonce() -> str:
 
 
 def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:
-    queue, job_id, execution_id, data, enqueued_at = fields
+    queue, job_id, execution_id, data, enqueued_at, *tried = fields
     waited_s = _seconds_since(enqueued_at, claimed_at)
     # An id that is no UTF-8 is none of ours: what is done under another name changes nothing.
-    return Claim(queue.decode(), job_id.decode(errors="replace"), execution_id.decode(), data or b"", waited_s)
+    claim = Claim(queue.decode(), job_id.decode(errors="replace"), execution_id.decode(), data or b"", waited_s)
+    if tried:
+        claim.attempts, retries_left = tried
+        claim.is_last = retries_left == 0
+    return claim
 
 
 def _seconds_since(moment: bytes, now: float) -> float:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import click
 
-from embedq.model import ModelError
+from embedq.model import DeviceLostError, ModelError
 from embedq.model.bench_cli import bench_group
 from embedq.model.cli import model_group
 from embedq.producer import cli as client
@@ -44,6 +44,7 @@ EXIT_STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (ResultTimeoutError, 4),
     (QueueConnectionError, 5),
     (QueueServerError, 5),
+    (DeviceLostError, 7),
     (ModelError, 6),
 )
 
@@ -56,6 +57,8 @@ Exit status:
   4  no result in time
   5  Redis cannot be reached, or refuses
   6  the model cannot be had, read or run
+  7  of a worker: its device is lost, a new process may get it back
+  8  of a worker: a micro-batch did not end
   130  interrupted"""
 
 
@@ -177,6 +180,7 @@ _ENCODER_SETTINGS = (
 _QUEUE_SETTINGS = (
     _setting("lease_s", type=float, help="Seconds a claimed job is this worker's without a sign of life."),
     _setting("grace_s", type=float, help="Seconds from SIGTERM to the end."),
+    _setting("encode_timeout_s", type=float, help="Seconds that a micro-batch may take before the worker leaves."),
     _setting("max_claim_jobs", type=int, help="Jobs of one claim."),
     _setting(
         "allow_callbacks",

@@ -16,6 +16,13 @@ local function holds(prefix, queue, id, execution)
     and redis.call('HGET', prefix .. ':job:' .. id, 'status') == 'started'
 end
 
+-- How often a job was tried before, of its fields embedq_attempts, embedq_retries and retries_left: as try_again counts
+-- it, or as RQ's own clean-up, which may find an abandoned job first, has used up its retries.
+local function attempts(counted, retries, left)
+  local used = retries and left and seconds(retries, 0) - seconds(left, 0) or 0
+  return math.max(0, seconds(counted, 0), used)
+end
+
 -- Puts a started job back: 'LPUSH' at the head of its queue, 'RPUSH' at the tail. Its waiting time runs anew.
 local function put_back(prefix, queue, id, push)
   local key = prefix .. ':job:' .. id
@@ -25,15 +32,16 @@ local function put_back(prefix, queue, id, push)
 end
 
 -- One more attempt for a job that has retries left: at the tail of its queue, or the head ('queued'), or later
--- ('scheduled'), as RQ's Retry asked for. False if none is left.
+-- ('scheduled'), as RQ's Retry asked for. False if none is left. Counts the attempt that is over: claim.lua tells it.
 local function try_again(prefix, queue, id)
   local key = prefix .. ':job:' .. id
-  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry')
+  local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry',
+    'embedq_attempts', 'embedq_retries')
   local left = tonumber(fields[1] or '') or 0
   if left < 1 then
     return false
   end
-  redis.call('HSET', key, 'retries_left', left - 1)
+  redis.call('HSET', key, 'retries_left', left - 1, 'embedq_attempts', attempts(fields[4], fields[5], fields[1]) + 1)
   local readable, intervals = pcall(cjson.decode, fields[2] or '[]')
   if readable and type(intervals) == 'table' and #intervals > 0 then
     local interval = seconds(intervals[math.max(#intervals - left, 0) + 1], 0)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedq.model import Encoder, ModelError, NonFiniteError, TextTooLongError, TokenizedText
+from embedq.model import DeviceLostError, Encoder, ModelError, NonFiniteError, TextTooLongError, TokenizedText
 from embedq.model.encoder import CALIBRATED, Output
 from embedq.model.precision import postprocess_states
 from embedq.model.windows import mean_of_windows
@@ -249,7 +249,7 @@ class Engine:
     def encode(self, batch: Sequence[Piece]) -> list[Work]:
         """Encodes one micro-batch, of one kind of output; returns the jobs that are done with it, or failed by it.
 
-        A job's pieces stand together, in their order.
+        A job's pieces stand together, in their order. Raises DeviceLostError.
         """
         pieces = [piece for piece in batch if piece[0].failure is None]
         if not pieces:
@@ -356,6 +356,8 @@ class Engine:
         try:
             self._encode(pieces)
             return
+        except DeviceLostError:
+            raise
         except Exception as err:
             if len(pieces) == 1:
                 work, place = pieces[0]

@@ -18,7 +18,7 @@ from embedq.worker.engine import Piece, Work
 from embedq.worker.estimates import EncodeTime
 from embedq.worker.planning import ReadyJob, ReadyTexts
 
-#: What one publication takes together: it holds the server up for some 10 ms.
+#: What one publication takes together: it holds the server up for some 20 ms.
 PUBLISH_JOBS = 512
 PUBLISH_BYTES = 8 * 1024 * 1024
 #: So many jobs do not wake the next stage's thread where nothing else is under way.
@@ -143,12 +143,8 @@ class Pipeline:
         """Claimed and not published."""
         return self._num_jobs
 
-    @property
-    def is_encoding(self) -> bool:
-        return self._is_encoding
-
     def wait_for_room(self, timeout_s: float) -> bool:
-        """Until there is room for one more micro-batch; false after the timeout or on `wake`."""
+        """Until there is room for one more micro-batch; false after the timeout or when it stops."""
         with self._lock:
             self._to_feed.wait_for(lambda: self._is_stopping or self._has_room(), timeout_s)
             self._check()

@@ -1,10 +1,11 @@
--- Takes back the jobs of one queue whose lease has run out: another attempt while retries are left, else failed.
+-- Takes back the jobs of one queue whose lease has run out: another attempt while retries are left, else failed. A job
+-- that was tried before, and that the worker had not begun, is not to blame for its end: it goes back as it was.
 --
 -- KEYS[1]  the queue's started registry
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  the queue's name
 -- ARGV[3]  seconds to keep a failure where the job doesn't say
--- ARGV[4]  base64 of the compressed reason
+-- ARGV[4]  base64 of the compressed reason of those whose execution notes none
 -- ARGV[5]  at most so many in one call
 --
 -- Returns {number tried again, number failed, ids of those after which something is still to be done...}.
@@ -18,21 +19,31 @@ local function tell_sequel(id)
   replies[#replies + 1] = id
 end
 
-local function fail(id, job, worker)
+local function fail(id, job, worker, reason)
   local ttl = kept_for(job, seconds(job.failure_ttl, tonumber(ARGV[3])))
   if ttl == 0 then
     delete_job(prefix, id)
     return
   end
-  append_result(prefix .. ':results:' .. id, {'type', 2, 'worker_name', worker, 'exc_string', ARGV[4]})
+  append_result(prefix .. ':results:' .. id, {'type', 2, 'worker_name', worker, 'exc_string', reason})
   close_job(prefix, id, job, 'failed', ttl, now)
   redis.call('ZADD', prefix .. ':failed:' .. queue, leaves_at(ttl, cutoff), id)
 end
 
+local function was_tried(id)
+  local fields = redis.call('HMGET', prefix .. ':job:' .. id, 'embedq_attempts', 'embedq_retries', 'retries_left')
+  return attempts(unpack(fields)) > 0
+end
+
 local function recover(id, execution)
   local job = job_after(prefix, id, has_dependents(prefix, id))
-  local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
-  if job.status == 'started' then
+  local record = prefix .. ':execution:' .. id .. ':' .. execution
+  local noted = redis.call('HMGET', record, 'worker_name', 'begun')
+  local worker, begun = noted[1] or '', noted[2]
+  if job.status == 'started' and not begun and was_tried(id) then
+    put_back(prefix, queue, id, 'RPUSH')
+    replies[1] = replies[1] + 1
+  elseif job.status == 'started' then
     local again = try_again(prefix, queue, id)
     if again then
       replies[1] = replies[1] + 1
@@ -40,7 +51,7 @@ local function recover(id, execution)
         tell_sequel(id)
       end
     else
-      fail(id, job, worker)
+      fail(id, job, worker, begun or ARGV[4])
       replies[2] = replies[2] + 1
       if job.has_sequel then
         tell_sequel(id)

@@ -5,6 +5,7 @@ Joins the engine with the claims; knows no threads, and of RQ only that somethin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 import redis
 
+from embedq.model import DeviceLostError
 from embedq.producer import wire
 from embedq.producer.connection import is_passing
 from embedq.producer.errors import JobFailedError, WireError
@@ -25,13 +27,14 @@ from embedq.worker.estimates import ClaimBudget
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.planning import ReadyJob
 from embedq.worker.sequels import Sequels
+from embedq.worker.watchdog import Watchdog
 
 logger = logging.getLogger("embedq.worker")
 
 T = TypeVar("T")
 
-#: Seconds between two attempts to publish to a Redis that cannot serve.
-RETRY_S = 0.5
+#: Seconds between two attempts to publish to a Redis that cannot serve: the first, and the longest.
+RETRY_FIRST_S, RETRY_LONGEST_S = 0.5, 4.0
 #: The failure's code of a job that is another's by now, or canceled: nobody is told.
 LOST = "lost"
 
@@ -47,14 +50,19 @@ class WorkerStages:
         budget: ClaimBudget,
         ranked_queues: Sequence[str],
         sequels: Sequels,
+        watchdog: Watchdog,
     ) -> None:
-        """ranked_queues: the most urgent first; the others count as urgent as the first of them."""
+        """ranked_queues: the most urgent first; the others count as urgent as the first of them.
+
+        watchdog: watches lists of claims while they are tokenized, and lists of pieces on the device.
+        """
         self._engine = engine
         self._store = store
         self._leases = leases
         self._budget = budget
         self._ranks = {queue: rank for rank, queue in enumerate(ranked_queues)}
         self._sequels = sequels
+        self._watchdog = watchdog
         self._count_lock = threading.Lock()
         self.num_finished = 0
         self.num_failed = 0
@@ -71,7 +79,9 @@ class WorkerStages:
             except WireError as err:
                 failed.append(Outcome.failed(claim, JobFailedError(str(err), code=err.code)))
         works: list[Work] = []
-        for claim, tokenized in zip(readable, self._engine.tokenize_all(requests), strict=True):
+        with self._watchdog.watching(readable):
+            of_requests = self._engine.tokenize_all(requests)
+        for claim, tokenized in zip(readable, of_requests, strict=True):
             if isinstance(tokenized, JobFailedError):
                 failed.append(Outcome.failed(claim, tokenized))
             else:
@@ -79,6 +89,23 @@ class WorkerStages:
                 works.append(tokenized)
         self._budget.learn(sum([len(work.tag.data) for work in works]), sum([sum(work.lengths) for work in works]))
         return works, failed
+
+    def one_by_one(self, claim: Claim) -> list[EmbedRequest]:
+        """A job's texts as requests of their own; of what cannot be read none: `tokenize` says why."""
+        try:
+            request = wire.decode_request(claim.data)
+        except WireError:
+            return []
+        return [EmbedRequest([text], request.options) for text in request.texts]
+
+    def try_tokenizing(self, claim: Claim, request: EmbedRequest) -> None:
+        """To see that the worker survives it; what is wrong with the request is `tokenize`'s to tell."""
+        with contextlib.suppress(JobFailedError), self._watchdog.watching([claim]):
+            self._engine.tokenize(request)
+
+    def leave(self, claims: Sequence[Claim]) -> None:
+        """They are this worker's no longer."""
+        self._leases.drop(claims)
 
     def ready_job(self, work: Work) -> ReadyJob:
         return work.ready(self._ranks.get(work.tag.queue, 0))
@@ -89,10 +116,15 @@ class WorkerStages:
         lost = [work for work in works if self._leases.is_lost(work.tag)]
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
-        return lost + self._engine.encode(batch)
+        try:
+            with self._watchdog.watching(batch):
+                return lost + self._engine.encode(batch)
+        except DeviceLostError as err:
+            self._send(blamed(batch, "device_lost", str(err)))
+            raise
 
     def publish(self, done: Sequence[Work | Outcome]) -> None:
-        """Sent until Redis has it or the leases are over: what was computed is not lost to a short outage."""
+        """Sent until Redis has it, however long that takes: what was computed is kept."""
         works = [item for item in done if isinstance(item, Work)]
         outcomes = [item for item in done if isinstance(item, Outcome)] + self._outcomes(works)
         self._tell_failures([outcome for outcome in outcomes if outcome.kind != "finished"])
@@ -111,39 +143,15 @@ class WorkerStages:
         return outcomes
 
     def _send(self, outcomes: Sequence[Outcome]) -> None:
-        what = f"results of {len(outcomes)} jobs"
-        try:
-            with_sequel = self._until_served(lambda: self._store.publish(outcomes), what)
-        except redis.RedisError as err:
-            if not is_passing(err):
-                raise
-            logger.error("no Redis for the time of a lease (%s): %d jobs will be done again", err, len(outcomes))
-            return
+        with_sequel = _until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
         with self._count_lock:
             self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
         for outcome in outcomes:
             if outcome.kind != "finished":
                 self._sequels.report(outcome.claim.job_id, outcome.payload)
-        try:
-            for outcome in with_sequel:
-                follow = functools.partial(self._sequels.follow, outcome.claim.queue, outcome.claim.job_id)
-                self._until_served(follow, "what follows a job")
-        except redis.RedisError as err:
-            if not is_passing(err):
-                raise
-            logger.error("no Redis for the time of a lease (%s): what follows the jobs is taken up later", err)
-
-    def _until_served(self, action: Callable[[], T], what: str) -> T:
-        """Calls until Redis serves, for the time of a lease; then raises redis-py's error."""
-        give_up_at = time.monotonic() + self._store.lease_s
-        while True:
-            try:
-                return action()
-            except redis.RedisError as err:
-                if not is_passing(err) or time.monotonic() > give_up_at:
-                    raise
-                logger.warning("%s must wait for Redis: %s", what, err)
-                time.sleep(RETRY_S)
+        for outcome in with_sequel:
+            follow = functools.partial(self._sequels.follow, outcome.claim.queue, outcome.claim.job_id)
+            _until_served(follow, "what follows a job")
 
     def _tell_failures(self, failed: Sequence[Outcome]) -> None:
         """One line however many fail at once; which ones they are is for debugging."""
@@ -153,3 +161,29 @@ class WorkerStages:
             logger.warning("failed jobs: %d, code %s", number, code)
         for outcome in failed:
             logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
+
+
+def blamed(on_device: Sequence[Piece] | Sequence[Claim], code: str, message: str) -> list[Outcome]:
+    """Another attempt for the jobs that were at work when it was over. A text that was there alone is named."""
+    claims = list(dict.fromkeys([item if isinstance(item, Claim) else item[0].tag for item in on_device]))
+    index = None
+    if len(on_device) == 1 and not isinstance(on_device[0], Claim):
+        work, place = on_device[0]
+        index = work.texts[place]
+        message = f"text {index}: {message}"
+    failure = JobFailedError(message, code=code, retryable=True, text_index=index)
+    return [Outcome.failed(claim, failure) for claim in claims]
+
+
+def _until_served(action: Callable[[], T], what: str) -> T:
+    """Calls until Redis serves; a worker that is told to stop meanwhile has its grace. Raises what does not pass."""
+    retry_s = RETRY_FIRST_S
+    while True:
+        try:
+            return action()
+        except redis.RedisError as err:
+            if not is_passing(err):
+                raise
+            logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s)
+            time.sleep(retry_s)
+            retry_s = min(2 * retry_s, RETRY_LONGEST_S)

@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import redis
 from rq import worker_registration
@@ -30,7 +30,7 @@ from embedq.producer.connection import is_passing
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.serializer import EmbedSerializer
 from embedq.worker.callbacks import CallbackThread
-from embedq.worker.claims import Claimed, ClaimStore
+from embedq.worker.claims import Claimed, ClaimStore, Outcome
 from embedq.worker.commands import CommandHandler, survive
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine
@@ -41,10 +41,12 @@ from embedq.worker.memory import keep_freed_memory, rare_collections
 from embedq.worker.pipeline import Bounds, Pipeline
 from embedq.worker.planning import QueueTurns
 from embedq.worker.promotion import Promoter
+from embedq.worker.quarantine import Quarantine
 from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
-from embedq.worker.stages import WorkerStages
+from embedq.worker.stages import WorkerStages, blamed
 from embedq.worker.waiting import QueueWaiter
+from embedq.worker.watchdog import Watchdog
 
 logger = logging.getLogger("embedq.worker")
 
@@ -63,8 +65,8 @@ RECONNECT_FIRST_S, RECONNECT_LONGEST_S = 0.5, 10.0
 SAME_SIGNAL_S = 1.0
 #: Seconds that a hanging Redis may cost beyond the grace.
 LAST_WORDS_S = 2.0
-#: Exit status after a grace that was too short.
-EXIT_GRACE_OVER = 3
+#: Exit statuses: after a grace that was too short, and after a micro-batch that did not end.
+EXIT_GRACE_OVER, EXIT_HANGS = 3, 8
 
 
 class EmbedWorker(SimpleWorker):
@@ -86,8 +88,10 @@ class EmbedWorker(SimpleWorker):
     commands: CommandHandler
     waiter: QueueWaiter
     turns: QueueTurns
+    watchdog: Watchdog
     stages: WorkerStages
     pipeline: Pipeline
+    quarantine: Quarantine
 
     def __init__(self, queues: Any, *args: Any, settings: WorkerSettings | None = None, **kwargs: Any) -> None:
         kwargs["serializer"] = EmbedSerializer
@@ -163,8 +167,12 @@ class EmbedWorker(SimpleWorker):
         self.turns = QueueTurns()
         # Where the queues take turns, none is more urgent than another.
         ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
-        self.stages = WorkerStages(self.engine, self.store, self.leases, self.budget, ranked, self.sequels)
+        self.watchdog = Watchdog(settings.encode_timeout_s, self._end_hanging)
+        self.stages = WorkerStages(
+            self.engine, self.store, self.leases, self.budget, ranked, self.sequels, self.watchdog
+        )
         self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self._end_claiming)
+        self.quarantine = Quarantine(self.stages, self.store, self.engine.max_batch_tokens)
 
     def _bounds(self) -> Bounds:
         settings = self.settings
@@ -242,9 +250,13 @@ class EmbedWorker(SimpleWorker):
         """The claiming loop."""
         claimed = 0
         reconnect_s = RECONNECT_FIRST_S
-        while not self._stop_requested and (max_jobs is None or claimed < max_jobs):
+        while not self._stop_requested and (max_jobs is None or claimed < max_jobs or self.quarantine):
             try:
                 self._look_after_queues()
+                if self.quarantine:
+                    if self.pipeline.wait_until_empty(IDLE_S):
+                        self.quarantine.work(lambda: self._stop_requested)
+                    continue
                 if not self.pipeline.wait_for_room(IDLE_S):
                     continue
                 # Before the claim: what is published after it may have put a job onto the queue.
@@ -253,12 +265,13 @@ class EmbedWorker(SimpleWorker):
                 claimed += len(found.claims)
                 if found.state == "suspended":
                     self.check_for_suspension(burst)
-                elif found.state == "empty" and burst and claimed != max_jobs:
-                    if not had_jobs and not found.claims:
+                elif found.state == "empty" and claimed != max_jobs:
+                    if burst and not had_jobs and not found.claims:
                         break
-                    self.pipeline.wait_until_empty(IDLE_S)
-                elif found.state == "empty" and claimed != max_jobs and not self._await_jobs(max_idle_s):
-                    break
+                    if burst:
+                        self.pipeline.wait_until_empty(IDLE_S)
+                    elif not self.quarantine and not self._await_jobs(max_idle_s):
+                        break
                 reconnect_s = RECONNECT_FIRST_S
             except StopRequested:
                 break
@@ -280,7 +293,10 @@ class EmbedWorker(SimpleWorker):
         if found.claims:
             self._state = WorkerStatus.BUSY.value  # as claim.lua told Redis
             self.leases.hold(found.claims)
-            self.pipeline.put(found.claims, self.budget.tokens(sum([len(claim.data) for claim in found.claims])))
+            first = [claim for claim in found.claims if not claim.attempts]
+            if first:
+                self.pipeline.put(first, self.budget.tokens(sum([len(claim.data) for claim in first])))
+            self.quarantine.put([claim for claim in found.claims if claim.attempts])
             self.reorder_queues(next(queue for queue in self.queues if queue.name == found.claims[0].queue))
         self.pipeline.queue_is_empty(found.state != "more")
         return found
@@ -334,6 +350,7 @@ class EmbedWorker(SimpleWorker):
 
     def _tick(self) -> None:
         """Each second, on the thread of the leases."""
+        self.watchdog.tick()
         self.promoter.round()
         self.sequels.take_up()
 
@@ -431,16 +448,28 @@ class EmbedWorker(SimpleWorker):
     def _end_of_grace(self) -> None:
         """The micro-batch outlasts the grace: give everything back, but wait no longer for that either."""
         logger.error("not done within the grace of %g s; leaving", self.settings.grace_s)
-        last_words = threading.Thread(target=self._say_last_words, daemon=True)
+        self._leave_now(EXIT_GRACE_OVER)
+
+    def _end_hanging(self, on_device: Sequence[Any]) -> None:
+        """Nothing can interrupt what hangs. On the thread of the leases, as long as it takes and no longer."""
+        limit_s = self.settings.encode_timeout_s
+        logger.error("a micro-batch has not ended within %g s; leaving, so that a new process can go on", limit_s)
+        self._leave_now(EXIT_HANGS, blamed(on_device, "hung", f"encoding did not end within {limit_s:g} s"))
+
+    def _leave_now(self, status: int, outcomes: Sequence[Outcome] = ()) -> NoReturn:
+        """Ends the process with its threads in the middle of something."""
+        last_words = threading.Thread(target=self._say_last_words, args=(outcomes,), daemon=True)
         last_words.start()
         last_words.join(LAST_WORDS_S)
         scheduler: Any = self.scheduler and self.scheduler._process
         if scheduler:
             scheduler.terminate()
         logging.shutdown()
-        os._exit(EXIT_GRACE_OVER)
+        os._exit(status)
 
-    def _say_last_words(self) -> None:
+    def _say_last_words(self, outcomes: Sequence[Outcome]) -> None:
         with contextlib.suppress(Exception):
+            if outcomes:
+                self.store.publish(outcomes)
             self._release_held()
             self.register_death()
