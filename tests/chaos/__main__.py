@@ -1,7 +1,7 @@
-"""`python -m tests.chaos --seconds 1800 --seed 7`: kills, stops and cuts at random while jobs run, and checks all of them.
+"""`python -m tests.chaos --seconds 1800 --seed 7`: kills, stops and cuts at random while jobs run.
 
-Prints a line every ten seconds, at the end the table, and each violation with what is known of its job. Exit status 1
-if there is any; the folder with all logs then stays.
+Checks every job from outside. Prints a line every ten seconds, at the end the table, and each violation with what is
+known of its job. Exit status 1 if there is any; the folder with all logs then stays.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import redis
 from embedq.producer import keys
 from embedq.producer.client import DEFAULT_QUEUE
 from tests.chaos.checks import (
+    Deaths,
     Places,
     Seen,
     Violation,
@@ -47,20 +48,20 @@ _ENDED = (b"finished", b"failed", b"canceled", b"stopped")
 
 
 class Audit:
-    """`round` at short intervals, `close` once when all is at rest. `num_deaths`: of workers since a moment."""
+    """`round` at short intervals, `close` once when all is at rest. `deaths`: between two moments."""
 
     def __init__(
         self,
         client: redis.Redis,
         ledger: Ledger,
         journals: Iterable[JournalReader],
-        num_deaths: Callable[[float], int],
+        deaths: Callable[[float, float], Deaths],
         queue: str = DEFAULT_QUEUE,
     ) -> None:
         self._redis: Any = client
         self.ledger = ledger
         self._journals = list(journals)
-        self._num_deaths = num_deaths
+        self._deaths = deaths
         self._queue = queue
         self.violations: list[Violation] = []
         self._next_places = 0.0
@@ -114,7 +115,7 @@ class Audit:
 
     def _settle(self, account: Account, seen: Seen) -> None:
         job = self.ledger.job(account.job_id)
-        self.violations += check_ended(job, account, seen, self._num_deaths(account.meant_at))
+        self.violations += check_ended(job, account, seen, self._deaths(account.meant_at, seen.ended_at))
         verdict = (seen.status or b"gone").decode()
         if seen.entries and verdict != "canceled":
             verdict = verdict_of_entry(account.job_id, seen.entries[-1])[0]

@@ -20,7 +20,7 @@ from embedq.model import NoopEncoder
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, JobFailedError
 from embedq.producer.outcomes import entry_outcome
-from tests.chaos.draws import Job, Poison
+from tests.chaos.draws import DEADLY, Job, Poison
 from tests.chaos.ledger import Account
 from tests.chaos.produce import verdict_of
 
@@ -40,6 +40,8 @@ CODES: dict[Poison, frozenset[str]] = {
     "tokenize-abort": frozenset({"abandoned"}),
     "abort": frozenset({"abandoned"}),
     "exit": frozenset({"abandoned"}),
+    # Or the worker died with its last words unsaid.
+    "lost-device": frozenset({"device_lost", "abandoned"}),
     "hang": frozenset({"hung", "abandoned"}),
 }
 #: Poison whose text is always named.
@@ -59,6 +61,16 @@ class Violation:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.job_id}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Deaths:
+    """What may have cost a job attempts: processes that died, and leases that ran out where nobody did."""
+
+    #: since it was enqueued, by whatever cause
+    all: int
+    #: of these, shortly before its end, those that had nothing to do with the job
+    from_outside: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +105,8 @@ def verdict_of_entry(job_id: str, entry: Entry) -> tuple[str, Embeddings | Embed
     return (verdict_of(outcome), outcome)
 
 
-def check_ended(job: Job, account: Account, seen: Seen, num_deaths: int) -> Iterator[Violation]:
-    """A job that has ended, when it is seen so first. `num_deaths`: of workers, since the job was enqueued."""
+def check_ended(job: Job, account: Account, seen: Seen, deaths: Deaths) -> Iterator[Violation]:
+    """A job that has ended, when it is seen so first."""
     if len(seen.entries) != 1:
         kind: Kind = "duplicated" if seen.entries else "lost"
         yield Violation(kind, job.id, f"{_text(seen.status)} with {len(seen.entries)} entries in its result stream")
@@ -109,10 +121,10 @@ def check_ended(job: Job, account: Account, seen: Seen, num_deaths: int) -> Iter
     if entry[1].get(b"type") != _ENTRY_TYPES.get(seen.status or b""):
         yield Violation("wrong", job.id, f"{_text(seen.status)} with a result of type {entry[1].get(b'type')!r}")
         return
-    yield from _CHECKS[seen.status or b""](job, account, entry, num_deaths)
+    yield from _CHECKS[seen.status or b""](job, account, entry, deaths)
 
 
-def _check_finished(job: Job, account: Account, entry: Entry, num_deaths: int) -> Iterator[Violation]:
+def _check_finished(job: Job, account: Account, entry: Entry, deaths: Deaths) -> Iterator[Violation]:
     outcome = entry_outcome(job.id, entry[1])
     if not isinstance(outcome, Embeddings):
         yield Violation("wrong", job.id, f"its result cannot be read: {outcome}")
@@ -127,30 +139,37 @@ def _check_finished(job: Job, account: Account, entry: Entry, num_deaths: int) -
         yield Violation("wrong", job.id, "it was canceled and has a result")
 
 
-def _check_failed(job: Job, account: Account, entry: Entry, num_deaths: int) -> Iterator[Violation]:
+def _check_failed(job: Job, account: Account, entry: Entry, deaths: Deaths) -> Iterator[Violation]:
     outcome = entry_outcome(job.id, entry[1])
     if not isinstance(outcome, JobFailedError):
         yield Violation("wrong", job.id, f"its failure cannot be read: {outcome}")
         return
     if account.was_canceled_for_sure:
         yield Violation("wrong", job.id, "it was canceled and has failed")
+    is_death = outcome.code in DEATHS and deaths.all > job.retries
     if job.is_innocent or job.poison is None:
-        if outcome.code not in DEATHS or num_deaths <= job.retries:
-            yield Violation(
-                "lost", job.id, f"an innocent job failed: {outcome}; {num_deaths} deaths, {job.retries} retries"
-            )
+        if not is_death:
+            what = f"an innocent job failed: {outcome}; {deaths.all} deaths, {job.retries} retries"
+            yield Violation("lost", job.id, what)
         return
-    is_death = outcome.code in DEATHS and num_deaths > job.retries
     if outcome.code not in CODES[job.poison] and not is_death:
         yield Violation("wrong", job.id, f"poison {job.poison} failed with {outcome.code}")
-    named = {job.poison_index} if job.poison in NAMED and not is_death else {job.poison_index, None}
-    if outcome.text_index not in named:
-        yield Violation(
-            "wrong", job.id, f"poison {job.poison} is text {job.poison_index}, the failure names {outcome.text_index}"
-        )
+    if not _may_name(job, job.poison, outcome, deaths, is_death=is_death):
+        what = f"poison {job.poison} is text {job.poison_index}, the failure names {outcome.text_index}: {outcome}"
+        yield Violation("wrong", job.id, what)
 
 
-def _check_canceled(job: Job, account: Account, entry: Entry, num_deaths: int) -> Iterator[Violation]:
+def _may_name(job: Job, poison: Poison, outcome: JobFailedError, deaths: Deaths, *, is_death: bool) -> bool:
+    """Whether the failure names the right text, or none where nothing can know it."""
+    if outcome.text_index == job.poison_index:
+        return True
+    if poison in DEADLY:
+        # Who dies from outside while it tries texts one by one has begun with one, or with none yet.
+        return deaths.from_outside > 0 or (job.retries == 0 and outcome.text_index is None)
+    return (poison not in NAMED and outcome.text_index is None) or is_death
+
+
+def _check_canceled(job: Job, account: Account, entry: Entry, deaths: Deaths) -> Iterator[Violation]:
     if not account.may_be_canceled:
         yield Violation("wrong", job.id, "it is canceled, and nobody canceled it")
 
@@ -206,7 +225,7 @@ def check_places(places: Places) -> Iterator[Violation]:
 
 
 def check_registries(places: Places, kept: dict[str, set[str]], ended: dict[str, set[str]]) -> Iterator[Violation]:
-    """The registries hold what has ended so. `kept`: by status, what must still be there; `ended`: all that ever did."""
+    """The registries hold what has ended so. By status, `kept`: what must still be there; `ended`: all that ever did."""
     for status, must in kept.items():
         members: dict[str, float] = getattr(places, status)
         for job_id in must - members.keys():

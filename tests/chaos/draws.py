@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-Poison = Literal["raise", "nan", "oom", "crowd", "abort", "exit", "hang", "tokenize-raise", "tokenize-abort"]
+Poison = Literal[
+    "raise", "nan", "oom", "crowd", "abort", "exit", "hang", "lost-device", "tokenize-raise", "tokenize-abort"
+]
 
 #: What a poison text begins with; its kind follows, and a colon.
 POISON_MARK = "poison:"
@@ -27,11 +29,13 @@ POISON_PER_MILLE: Mapping[Poison, float] = {
     "abort": 0.12,
     "exit": 0.08,
     "tokenize-abort": 0.08,
+    "lost-device": 0.06,
+    "hang": 0.06,
 }
 #: Poison that harms only a micro-batch of many texts, so that its job must finish.
 HARMLESS_ALONE: frozenset[Poison] = frozenset({"crowd"})
 #: Poison that ends the worker's process, or its use.
-DEADLY: frozenset[Poison] = frozenset({"abort", "exit", "tokenize-abort", "hang"})
+DEADLY: frozenset[Poison] = frozenset({"abort", "exit", "tokenize-abort", "lost-device", "hang"})
 #: What a job whose settings are shared may carry: what needs no retries of its own.
 WITHOUT_RETRIES: frozenset[Poison] = frozenset({"crowd", "nan"})
 #: Of this producer each of the first jobs in this step carries one kind after the other, so that no run is without.
@@ -45,27 +49,7 @@ LONG_TTL_S, SHORT_TTL_S = 240, 60
 #: Seconds until a job is enqueued for the second time on purpose, or canceled, at most.
 SECOND_THOUGHTS_S = 3.0
 
-_WORDS = [
-    "der",
-    "schnelle",
-    "braune",
-    "fuchs",
-    "springt",
-    "über",
-    "den",
-    "faulen",
-    "hund",
-    "queue",
-    "vector",
-    "東京",
-    "résumé",
-    "naïve",
-    "тест",
-    "🙂",
-    "of",
-    "and",
-    "the",
-]
+_WORDS = "der schnelle braune fuchs springt über den hund queue vector 東京 résumé naïve тест 🙂 of and the".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True, slots=True)

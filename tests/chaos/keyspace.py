@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from embedq.producer import keys
 from tests.chaos.checks import Violation
 
-#: What a queue leaves behind for good: the set of queues, registries, RQ's lock.
-LASTING = (keys.QUEUES, keys.WORKERS)
+#: What stays for good, or goes by itself: the sets of queues and of workers, RQ's lock of its groups' clean-up.
+LASTING = (keys.QUEUES, keys.WORKERS, f"{keys.PREFIX}:clean_groups")
 #: What is kept of a dead worker until it expires, by the end of its key.
 WORKER_ENDS = ("", ":claim")
 

@@ -42,9 +42,9 @@ class Rate:
     lasts_s: tuple[float, float] = (0.0, 0.0)
 
 
-#: In 30 minutes some 90 workers and 16 servers are killed.
+#: In 30 minutes some 120 workers and 16 servers are killed.
 RATES: Mapping[FaultKind, Rate] = {
-    "kill_worker": Rate(20),
+    "kill_worker": Rate(15),
     "stop_worker": Rate(50, (LEASE_S + 1, LEASE_S + 5)),
     "term_worker": Rate(60),
     "kill_redis": Rate(110, (0.0, 2.0)),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedq.model import ChunkedText, NoopEncoder, TokenizedText, TruncationSide
+from embedq.model import DeviceLostError, NoopEncoder, TokenizedText, TruncationSide
 from embedq.worker import worker as worker_module
 from embedq.worker.cli import main
 from embedq.worker.settings import WorkerSettings
@@ -55,11 +55,6 @@ class PoisonedEncoder(NoopEncoder):
         tokens = super().tokenize(texts, prompt=prompt, truncate=truncate, truncation_side=truncation_side)
         self._poison |= {_mark(text): kind for text, kind in zip(tokens, kinds, strict=True) if kind}
         return tokens
-
-    def tokenize_windows(
-        self, texts: Sequence[str], *, prompt: str = "", overlap: int | None = None
-    ) -> list[ChunkedText]:
-        raise AssertionError("the suite chunks no texts")
 
     def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
         time.sleep(BATCH_S + TEXT_S * len(batch))
@@ -107,6 +102,10 @@ def _hang(vectors: NDArray[np.float32], place: int) -> None:
     time.sleep(HANG_S)
 
 
+def _lose_device(vectors: NDArray[np.float32], place: int) -> None:
+    raise DeviceLostError("the device answers nothing any more")
+
+
 _ENCODING: dict[str, Callable[[NDArray[np.float32], int], None]] = {
     "raise": _raise,
     "nan": _make_nan,
@@ -115,6 +114,7 @@ _ENCODING: dict[str, Callable[[NDArray[np.float32], int], None]] = {
     "abort": _abort,
     "exit": _exit,
     "hang": _hang,
+    "lost-device": _lose_device,
 }
 
 

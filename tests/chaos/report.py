@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 from embedq.model.cpu import cpu_name
 from tests.chaos.checks import Violation, count_kinds
+from tests.chaos.draws import DEADLY
 from tests.chaos.ledger import Ledger
 from tests.chaos.plan import LEASE_S, NUM_WORKERS, Plan
 from tests.chaos.recovery import Recovery
@@ -56,13 +57,14 @@ def rows(findings: Findings) -> list[tuple[str, str]]:
         ("jobs accepted", f"{accepted:,}"),
         *((f"jobs {status}", f"{ended[status]:,}") for status in ("finished", "failed", "canceled")),
         ("jobs with a text of poison", f"{sum(1 for job_id in ledger.accounts if ledger.job(job_id).poison):,}"),
+        ("jobs that ended processes, and failed; of these with their text named", _blamed(ledger)),
         ("enqueued twice on purpose", f"{counts['double done']:,}"),
         ("calls that failed and were made again", f"{sum(n for k, n in counts.items() if k.endswith('raised')):,}"),
         (
             "workers killed, stopped past the lease, terminated",
             _three(events, "kill_worker", "stop_worker", "term_worker"),
         ),
-        ("Redis killed, stopped", f"{events['kill_redis']} , {events['stop_redis']}".replace(" ,", ",")),
+        ("Redis killed, stopped", f"{events['kill_redis']}, {events['stop_redis']}"),
         ("producers killed", str(events["kill_producer"])),
         ("cuts of all connections, by the proxy and by Redis", f"{events['cut']}, {events['client_kill']}"),
         ("requests lost, replies lost", f"{events['lost_request']}, {events['lost_reply']}"),
@@ -72,6 +74,14 @@ def rows(findings: Findings) -> list[tuple[str, str]]:
         ("seconds until all was at rest after the last fault", f"{findings.rest_s:.0f}"),
         *((f"**{kind}**", f"**{found[kind]}**") for kind in _KINDS),
     ]
+
+
+def _blamed(ledger: Ledger) -> str:
+    """Deadly jobs that failed, and how many of them name the text at fault."""
+    failed = [account for account in ledger.accounts.values() if account.status == "failed"]
+    indexes = {a.job_id: ledger.job(a.job_id).poison_index for a in failed if ledger.job(a.job_id).poison in DEADLY}
+    named = sum(1 for a in failed if a.job_id in indexes and (a.verdict or "").endswith(f" {indexes[a.job_id]}"))
+    return f"{len(indexes)}, {named}"
 
 
 def _three(events: Mapping[str, int], *names: str) -> str:

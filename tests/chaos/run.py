@@ -48,7 +48,7 @@ class _Step:
 
 
 class _Auditing:
-    """A context manager: rounds of the audit on a thread of their own, as they wait for a Redis that does not answer."""
+    """A context manager: rounds of the audit on a thread of their own, as Redis may keep them waiting."""
 
     def __init__(self, audit: Audit) -> None:
         self._audit = audit
@@ -99,7 +99,7 @@ class Run:
             self._world, self._recoveries = world, recoveries
             ledger = Ledger(self._plan)
             journals = [JournalReader(world.journal_of(producer)) for producer in self._plan.producers]
-            audit = Audit(world.direct, ledger, journals, world.num_deaths)
+            audit = Audit(world.direct, ledger, journals, world.deaths)
             version = world.direct.info("server")["redis_version"]
             with _Auditing(audit) as auditing:
                 self._auditing = auditing
@@ -188,7 +188,7 @@ class Run:
     def _is_redis_away(self) -> bool:
         return self._world.redis_away.open_since is not None
 
-    def _cut(self, fault: Fault) -> bool:
+    def _cut(self, _: Fault) -> bool:
         self._world.order(what="cut")
         return True
 
@@ -198,12 +198,10 @@ class Run:
         return True
 
     def _stall(self, fault: Fault) -> bool:
-        spans = self._world.redis_away
         if self._is_redis_away():
             return False
-        spans.begin()
-        self._at(time.time() + fault.lasts_s, spans.end)
-        self._world.order(what="stall", for_s=fault.lasts_s)
+        self._world.silence(fault.lasts_s)
+        self._at(time.time() + fault.lasts_s, self._world.end_silence)
         return True
 
     def _lose_reply(self, fault: Fault) -> bool:
@@ -218,10 +216,10 @@ class Run:
         package = _PACKAGES.get(script, "embedq.worker")
         return str(scripts.load(self._world.direct, package, script).sha)
 
-    def _script_flush(self, fault: Fault) -> bool:
+    def _script_flush(self, _: Fault) -> bool:
         return self._ask_redis("SCRIPT", "FLUSH")
 
-    def _client_kill(self, fault: Fault) -> bool:
+    def _client_kill(self, _: Fault) -> bool:
         return self._ask_redis("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
 
     def _ask_redis(self, *command: str) -> bool:
@@ -252,8 +250,9 @@ class Run:
     def _slow(self) -> Iterator[Violation]:
         for recovery in self._recoveries.done:
             if recovery.is_undisturbed and (recovery.took_s or 0) >= RECOVERY_LIMIT_S:
-                what = f"{recovery.num_jobs} jobs of {recovery.worker} took {recovery.took_s:.1f} s, e.g. {recovery.latest}"
-                yield Violation("slow", recovery.latest, what)
+                who = f"{recovery.num_jobs} jobs of {recovery.worker}"
+                what = f"{who} took {recovery.took_s:.1f} s, the last {recovery.latest}"
+                yield Violation("slow", recovery.worker, what)
 
     def _complaints(self) -> Iterator[Violation]:
         return (Violation("process", what.partition(" ")[0], what) for what in self._world.complaints)
@@ -261,7 +260,8 @@ class Run:
     def _progress(self, ledger: Ledger) -> str:
         ended, events = ledger.ended, self._world.events
         return (
-            f"{time.time() - self._world.started_at:5.0f} s: {len(ledger.accounts):,} jobs, {ended['finished']:,} finished,"
+            f"{time.time() - self._world.started_at:5.0f} s: {len(ledger.accounts):,} jobs, "
+            f"{ended['finished']:,} finished,"
             f" {ended['failed']:,} failed, {ended['canceled']:,} canceled, {len(ledger.open):,} open;"
             f" kills: {events['kill_worker']} workers, {events['kill_redis']} Redis;"
             f" lost: {events['lost_request']} requests, {events['lost_reply']} replies;"

@@ -23,14 +23,14 @@ from typing import Any, Self
 from embedq.producer.connection import connect
 from embedq.worker import WorkerSettings, processes
 from embedq.worker.redis_server import CONFIGURATION, RedisServer, free_port
-from tests.chaos.checks import MODEL
+from tests.chaos.checks import MODEL, Deaths
 from tests.chaos.plan import ENCODE_TIMEOUT_S, GRACE_S, LEASE_S, NUM_WORKERS, Plan, Producer
 from tests.chaos.poison import POISON_EXIT
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds until a dead worker or producer is started again.
 RESTART_S = 0.3
-#: Seconds of a worker's life after which it counts as one that can take over others' jobs, or be killed in turn.
+#: Seconds of a worker's life before which it is neither killed nor counts as one that can take over others' jobs.
 GROWN_UP_S = 2.0
 #: Tokens of a micro-batch: so few that several are under way.
 MAX_BATCH_TOKENS = 1024
@@ -41,6 +41,8 @@ REDIS_SETTINGS = "\nappendfsync always\nauto-aof-rewrite-min-size 32mb\n"
 EXPECTED_EXITS = frozenset({0, 3, 5, 7, 8, POISON_EXIT, -signal.SIGABRT})
 #: Seconds that a process gets to end once it was asked to.
 STOP_S = GRACE_S + 10
+#: Seconds before a job's end in which a death from outside may have been what ended it: a lease, and its recovery.
+BLAME_S = 3 * LEASE_S
 #: Seconds that a connection to Redis past the proxy waits for an answer.
 DIRECT_TIMEOUT_S = 20.0
 
@@ -56,13 +58,15 @@ class Worker:
     starts_at: float = 0.0
     is_stopped: bool = False
     was_killed: bool = False
+    #: whether it has said so: before, a signal meets a process that is still importing
+    is_at_work: bool = False
 
     @property
     def name(self) -> str:
         return f"w{self.place}-{self.number}"
 
     def is_able(self, now: float) -> bool:
-        return self.process is not None and not self.is_stopped and now - self.started_at > GROWN_UP_S
+        return self.is_at_work and not self.is_stopped and now - self.started_at > GROWN_UP_S
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +113,9 @@ class World:
         self.complaints: list[str] = []
         self.redis_away = Spans()
         self.nobody_able = Spans()
+        #: of everything that costs attempts, and of what the suite itself did
         self._death_times: list[float] = []
+        self._harm_times: list[float] = []
         self.workers = [Worker(place) for place in range(NUM_WORKERS)]
         self.makers = [Maker(producer) for producer in plan.producers]
         self.is_ending = False
@@ -156,9 +162,11 @@ class World:
         able = any(worker.is_able(now) for worker in self.workers)
         (self.nobody_able.end if able else self.nobody_able.begin)()
 
-    def num_deaths(self, since: float) -> int:
+    def deaths(self, first: float, last: float) -> Deaths:
         """Of workers, and of leases that ran out while nobody died."""
-        return sum(1 for moment in self._death_times if moment >= since)
+        all_of_them = sum(1 for moment in self._death_times if moment >= first)
+        lately = last - BLAME_S
+        return Deaths(all_of_them, sum(1 for moment in self._harm_times if lately <= moment <= last + 1))
 
     def is_undisturbed(self, first: float, last: float) -> bool:
         return not (self.redis_away.meet(first, last) or self.nobody_able.meet(first, last))
@@ -187,7 +195,7 @@ class World:
         """If it is still the same process."""
         if worker.process is process:
             worker.is_stopped = False
-            self._count_death()
+            self._count_harm()
             self.note("continued", who=worker.name)
             self._signal(process, signal.SIGCONT)
 
@@ -204,7 +212,7 @@ class World:
     def start_redis(self) -> None:
         self.redis.start()
         self.note("Redis is back")
-        self._count_death()
+        self._count_harm()
         self.redis_away.end()
 
     def pause_redis(self) -> None:
@@ -215,7 +223,15 @@ class World:
         os.kill(self.redis.pid, signal.SIGCONT)
         self.note("Redis goes on")
         # Leases that ran out meanwhile are nobody's fault, and cost an attempt.
-        self._count_death()
+        self._count_harm()
+        self.redis_away.end()
+
+    def silence(self, for_s: float) -> None:
+        self.redis_away.begin()
+        self.order(what="stall", for_s=for_s)
+
+    def end_silence(self) -> None:
+        self._count_harm()
         self.redis_away.end()
 
     def order(self, **order: Any) -> None:
@@ -257,19 +273,26 @@ class World:
         if process is not None and process.poll() is None:
             process.send_signal(number)
 
-    def _count_death(self) -> None:
+    def _count_harm(self) -> None:
         self._death_times.append(time.time())
+        self._harm_times.append(time.time())
 
     def _reap(self, worker: Worker, now: float) -> None:
-        if worker.process is None or (status := worker.process.poll()) is None:
+        if worker.process is None:
             return
-        self._count_death()
+        if (status := worker.process.poll()) is None:
+            worker.is_at_work = worker.is_at_work or self._log_of(worker.name).stat().st_size > 0
+            return
+        self._death_times.append(now)
+        if worker.was_killed:
+            self._harm_times.append(now)
         self.exits[status] += 1
         self.note("worker ended", who=worker.name, status=status)
         if status not in EXPECTED_EXITS and not (status == -signal.SIGKILL and worker.was_killed):
             log = processes.last_lines(self._log_of(worker.name), 20)
             self.complaints.append(f"{worker.name} ended with status {status}:\n{log}")
-        worker.process, worker.starts_at, worker.is_stopped = None, now + RESTART_S, False
+        worker.process, worker.starts_at = None, now + RESTART_S
+        worker.is_stopped = worker.is_at_work = False
 
     def _reap_maker(self, maker: Maker, now: float) -> None:
         if maker.process is None or (status := maker.process.poll()) is None:
