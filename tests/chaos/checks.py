@@ -23,6 +23,7 @@ from embedq.producer.outcomes import entry_outcome
 from tests.chaos.draws import DEADLY, Job, Poison
 from tests.chaos.ledger import Account
 from tests.chaos.produce import verdict_of
+from tests.chaos.recovery import Recovery
 
 Kind = Literal["lost", "duplicated", "wrong", "stray", "slow", "process"]
 
@@ -44,6 +45,8 @@ CODES: dict[Poison, frozenset[str]] = {
     "lost-device": frozenset({"device_lost", "abandoned"}),
     "hang": frozenset({"hung", "abandoned"}),
 }
+#: Seconds within which another worker must have a killed one's jobs in hand, with a lease of 5 s.
+RECOVERY_LIMIT_S = 10.0
 #: Poison whose text is always named.
 NAMED: frozenset[Poison] = frozenset({"raise", "nan", "oom"})
 
@@ -225,7 +228,7 @@ def check_places(places: Places) -> Iterator[Violation]:
 
 
 def check_registries(places: Places, kept: dict[str, set[str]], ended: dict[str, set[str]]) -> Iterator[Violation]:
-    """The registries hold what has ended so. By status, `kept`: what must still be there; `ended`: all that ever did."""
+    """The registries hold what has ended so. By status, `kept`: what must be there still; `ended`: what may."""
     for status, must in kept.items():
         members: dict[str, float] = getattr(places, status)
         for job_id in must - members.keys():
@@ -239,6 +242,14 @@ def check_at_rest(places: Places) -> Iterator[Violation]:
     for what, members in {"waiting": places.waiting, "started": places.started, **places.others}.items():
         for member in members:
             yield Violation("stray", member, f"at rest it is still in {what}")
+
+
+def check_recoveries(recoveries: Iterable[Recovery]) -> Iterator[Violation]:
+    """Where Redis was there and a worker to take them, a killed worker's jobs are in other hands in time."""
+    for recovery in recoveries:
+        if recovery.is_undisturbed and recovery.took_s is not None and recovery.took_s >= RECOVERY_LIMIT_S:
+            what = f"{recovery.num_jobs} of its jobs took {recovery.took_s:.1f} s, the last {recovery.latest}"
+            yield Violation("slow", recovery.worker, what)
 
 
 def count_kinds(violations: Iterable[Violation]) -> Counter[str]:

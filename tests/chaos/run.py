@@ -10,7 +10,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import redis
 
 from embedq.producer import scripts
 from tests.chaos.audit import Audit
-from tests.chaos.checks import Violation
+from tests.chaos.checks import Violation, check_recoveries
 from tests.chaos.journal import JournalReader
 from tests.chaos.ledger import Ledger
 from tests.chaos.plan import Fault, Plan
@@ -32,8 +32,6 @@ TICK_S, AUDIT_S, TELL_S = 0.05, 2.0, 10.0
 POSTPONE_S = 0.25
 #: Seconds that everything may take to come to rest after the last fault, beside the work that waits.
 REST_S = 120.0
-#: Seconds within which another worker must have a killed one's jobs in hand, if Redis and a worker are there.
-RECOVERY_LIMIT_S = 10.0
 #: Of the client's scripts and the worker's.
 _PACKAGES = dict.fromkeys(("enqueue", "cancel", "requeue"), "embedq.producer")
 
@@ -109,8 +107,10 @@ class Run:
                 rest_s = time.time() - faults_ended_at
             world.end_workers()
             audit.close()
-            violations = [*audit.violations, *self._slow(), *self._complaints()]
-            return Findings(self._plan, ledger, violations, recoveries.done, world.events, world.exits, rest_s, version)
+        world.look_for_left_processes()
+        complaints = (Violation("process", what.partition(" ")[0], what) for what in world.complaints)
+        violations = [*audit.violations, *check_recoveries(recoveries.done), *complaints]
+        return Findings(self._plan, ledger, violations, recoveries.done, world.events, world.exits, rest_s, version)
 
     # --- the faults
 
@@ -246,16 +246,6 @@ class Run:
             return self._auditing.round_began_at > produced_at and not ledger.open
 
         self._work_until(lambda: is_at_rest() or time.time() > give_up_at, ledger)
-
-    def _slow(self) -> Iterator[Violation]:
-        for recovery in self._recoveries.done:
-            if recovery.is_undisturbed and (recovery.took_s or 0) >= RECOVERY_LIMIT_S:
-                who = f"{recovery.num_jobs} jobs of {recovery.worker}"
-                what = f"{who} took {recovery.took_s:.1f} s, the last {recovery.latest}"
-                yield Violation("slow", recovery.worker, what)
-
-    def _complaints(self) -> Iterator[Violation]:
-        return (Violation("process", what.partition(" ")[0], what) for what in self._world.complaints)
 
     def _progress(self, ledger: Ledger) -> str:
         ended, events = ledger.ended, self._world.events

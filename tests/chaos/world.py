@@ -6,6 +6,7 @@ all others: the kernel ends its children with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -124,7 +125,6 @@ class World:
         self.folder.mkdir(parents=True, exist_ok=True)
         configuration = self.folder / "redis.conf"
         configuration.write_text(CONFIGURATION.read_text() + REDIS_SETTINGS)
-        self._log = (self.folder / "events.jsonl").open("a", buffering=1)
         self.redis = RedisServer(self.folder / "redis", port=0, durable=True, configuration=configuration)
         self.redis.start()
         self.direct = connect(self.redis.url, socket_timeout=DIRECT_TIMEOUT_S)
@@ -144,7 +144,6 @@ class World:
         self._proxy.wait()
         self.direct.close()
         self.redis.stop()
-        self._log.close()
 
     # --- watching
 
@@ -172,7 +171,8 @@ class World:
         return not (self.redis_away.meet(first, last) or self.nobody_able.meet(first, last))
 
     def note(self, what: str, **more: Any) -> None:
-        self._log.write(json.dumps({"at": round(time.time(), 3), "what": what, **more}) + "\n")
+        with (self.folder / "events.jsonl").open("a") as log:
+            log.write(json.dumps({"at": round(time.time(), 3), "what": what, **more}) + "\n")
 
     def able_worker(self, place: int) -> Worker | None:
         """The first from this place on that is at work."""
@@ -263,6 +263,16 @@ class World:
         for worker in self.workers:
             if worker.process is not None:
                 self.complaints.append(f"{worker.name} did not end within {STOP_S:g} s of SIGTERM")
+
+    def look_for_left_processes(self) -> None:
+        """Once this context has ended: nobody runs on who was told of our folder or our port."""
+        marks = (str(self.folder).encode(), self.url.encode())
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                command = process.read_bytes()
+                if any(mark in command for mark in marks) and int(process.parent.name) != os.getpid():
+                    shown = command.replace(b"\0", b" ").decode(errors="replace")
+                    self.complaints.append(f"{process.parent.name} still runs: {shown}")
 
     # --- processes
 
