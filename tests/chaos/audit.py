@@ -21,12 +21,12 @@ from tests.chaos.checks import (
     Places,
     Seen,
     Violation,
+    check_account,
     check_again,
     check_at_rest,
     check_ended,
     check_places,
     check_registries,
-    check_told,
     verdict_of_entry,
 )
 from tests.chaos.journal import JournalReader
@@ -94,7 +94,7 @@ class Audit:
         for job_id in self.ledger.usurped:
             self._report("wrong", job_id, "another request was accepted under its id")
         for account in self.ledger.accounts.values():
-            self.violations += check_told(account)
+            self.violations += check_account(account)
         places = self.places()
         self.violations += itertools.chain(
             check_places(places), check_at_rest(places), self._check_registries(places), self._strays()
@@ -115,7 +115,7 @@ class Audit:
 
     def _settle(self, account: Account, seen: Seen) -> None:
         job = self.ledger.job(account.job_id)
-        self.violations += check_ended(job, account, seen, self._deaths(account.meant_at, seen.ended_at))
+        self.violations += check_ended(job, seen, self._deaths(account.meant_at, seen.ended_at))
         verdict = (seen.status or b"gone").decode()
         if seen.entries and verdict != "canceled":
             verdict = verdict_of_entry(account.job_id, seen.entries[-1])[0]

@@ -31,7 +31,8 @@ Kind = Literal["lost", "duplicated", "wrong", "stray", "slow", "process"]
 EMBEDDING_DIM = 128
 MODEL = f"noop:{EMBEDDING_DIM}"
 #: Codes with which workers' deaths may fail a job that has few retries.
-DEATHS: frozenset[str] = frozenset({"abandoned", "hung", "device_lost"})
+LAST_WORDS: frozenset[str] = frozenset({"hung", "device_lost"})
+DEATHS = LAST_WORDS | {"abandoned"}
 #: Codes with which each kind of poison fails.
 CODES: dict[Poison, frozenset[str]] = {
     "raise": frozenset({"encode_failed"}),
@@ -108,7 +109,7 @@ def verdict_of_entry(job_id: str, entry: Entry) -> tuple[str, Embeddings | Embed
     return (verdict_of(outcome), outcome)
 
 
-def check_ended(job: Job, account: Account, seen: Seen, deaths: Deaths) -> Iterator[Violation]:
+def check_ended(job: Job, seen: Seen, deaths: Deaths) -> Iterator[Violation]:
     """A job that has ended, when it is seen so first."""
     if len(seen.entries) != 1:
         kind: Kind = "duplicated" if seen.entries else "lost"
@@ -124,10 +125,11 @@ def check_ended(job: Job, account: Account, seen: Seen, deaths: Deaths) -> Itera
     if entry[1].get(b"type") != _ENTRY_TYPES.get(seen.status or b""):
         yield Violation("wrong", job.id, f"{_text(seen.status)} with a result of type {entry[1].get(b'type')!r}")
         return
-    yield from _CHECKS[seen.status or b""](job, account, entry, deaths)
+    if check := _CHECKS.get(seen.status or b""):
+        yield from check(job, entry, deaths)
 
 
-def _check_finished(job: Job, account: Account, entry: Entry, deaths: Deaths) -> Iterator[Violation]:
+def _check_finished(job: Job, entry: Entry, deaths: Deaths) -> Iterator[Violation]:
     outcome = entry_outcome(job.id, entry[1])
     if not isinstance(outcome, Embeddings):
         yield Violation("wrong", job.id, f"its result cannot be read: {outcome}")
@@ -138,18 +140,16 @@ def _check_finished(job: Job, account: Account, entry: Entry, deaths: Deaths) ->
         yield Violation("wrong", job.id, f"vectors {got.dtype}{got.shape} are not those of its texts")
     if not job.is_innocent:
         yield Violation("wrong", job.id, f"it finished, with a text of poison {job.poison}")
-    if account.was_canceled_for_sure:
-        yield Violation("wrong", job.id, "it was canceled and has a result")
 
 
-def _check_failed(job: Job, account: Account, entry: Entry, deaths: Deaths) -> Iterator[Violation]:
+def _check_failed(job: Job, entry: Entry, deaths: Deaths) -> Iterator[Violation]:
     outcome = entry_outcome(job.id, entry[1])
     if not isinstance(outcome, JobFailedError):
         yield Violation("wrong", job.id, f"its failure cannot be read: {outcome}")
         return
-    if account.was_canceled_for_sure:
-        yield Violation("wrong", job.id, "it was canceled and has failed")
-    is_death = outcome.code in DEATHS and deaths.all > job.retries
+    # Last words are published before their process ends, and may be read before that is seen.
+    num_deaths = deaths.all + (outcome.code in LAST_WORDS)
+    is_death = outcome.code in DEATHS and num_deaths > job.retries
     if job.is_innocent or job.poison is None:
         if not is_death:
             what = f"an innocent job failed: {outcome}; {deaths.all} deaths, {job.retries} retries"
@@ -172,12 +172,7 @@ def _may_name(job: Job, poison: Poison, outcome: JobFailedError, deaths: Deaths,
     return (poison not in NAMED and outcome.text_index is None) or is_death
 
 
-def _check_canceled(job: Job, account: Account, entry: Entry, deaths: Deaths) -> Iterator[Violation]:
-    if not account.may_be_canceled:
-        yield Violation("wrong", job.id, "it is canceled, and nobody canceled it")
-
-
-_CHECKS = {b"finished": _check_finished, b"failed": _check_failed, b"canceled": _check_canceled}
+_CHECKS = {b"finished": _check_finished, b"failed": _check_failed}
 
 
 def check_again(account: Account, seen: Seen) -> Iterator[Violation]:
@@ -189,10 +184,14 @@ def check_again(account: Account, seen: Seen) -> Iterator[Violation]:
         yield Violation("duplicated", account.job_id, f"entries {account.entry_ids} have become {entry_ids}")
 
 
-def check_told(account: Account) -> Iterator[Violation]:
-    """What a waiting client was told is what is in Redis."""
+def check_account(account: Account) -> Iterator[Violation]:
+    """Once all is known: what clients did and were told is what is in Redis."""
     if account.told is not None and account.verdict is not None and account.told not in (account.verdict, "gone"):
         yield Violation("wrong", account.job_id, f"a client was told {account.told}, in Redis is {account.verdict}")
+    if account.was_canceled_for_sure and account.status != "canceled":
+        yield Violation("wrong", account.job_id, f"it was canceled and is {account.status}")
+    if account.status == "canceled" and not account.may_be_canceled:
+        yield Violation("wrong", account.job_id, "it is canceled, and nobody canceled it")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from tests.chaos.checks import MODEL, Deaths, Seen, check_ended, check_recoverie
 from tests.chaos.draws import FEW_RETRIES, Job, Poison, draw_job
 from tests.chaos.history import history
 from tests.chaos.journal import Journal, JournalReader
-from tests.chaos.ledger import Account, Ledger
+from tests.chaos.ledger import Ledger
 from tests.chaos.plan import plan
 from tests.chaos.recovery import Recovery
 from tests.chaos.world import World
@@ -227,7 +227,7 @@ def _failed(failure: JobFailedError) -> Seen:
 
 
 def _kinds(job: Job, failure: JobFailedError, deaths: Deaths = NO_DEATHS) -> list[str]:
-    return [each.kind for each in check_ended(job, Account(job.id, 0.0), _failed(failure), deaths)]
+    return [each.kind for each in check_ended(job, _failed(failure), deaths)]
 
 
 def _job(poison: Poison | None, *, index: int | None = None, retries: int = 1) -> Job:
@@ -240,6 +240,7 @@ def test_an_innocent_job_may_fail_only_by_more_deaths_than_it_has_retries():
     assert _kinds(innocent, JobFailedError("?", code="encode_failed"), Deaths(9, 9)) == ["lost"]
     assert _kinds(innocent, JobFailedError.abandoned(), Deaths(FEW_RETRIES, 1)) == ["lost"]
     assert _kinds(innocent, JobFailedError.abandoned(), Deaths(FEW_RETRIES + 1, 1)) == []
+    assert _kinds(innocent, JobFailedError("?", code="hung"), Deaths(FEW_RETRIES, 1)) == []
 
 
 def test_poison_fails_with_its_code_and_names_its_text():
@@ -263,13 +264,13 @@ def test_poison_that_finishes_is_wrong(ended):
     [(entry_id, entry)] = ended.redis.xrange(keys.results(ended.jobs[0].id))
     seen = Seen(b"finished", time.time(), 60, [(entry_id, entry)], has_executions=False)
     poisoned = dataclasses.replace(ended.jobs[0], poison="nan", poison_index=0)
-    kinds = [each.kind for each in check_ended(poisoned, Account(poisoned.id, 0.0), seen, NO_DEATHS)]
+    kinds = [each.kind for each in check_ended(poisoned, seen, NO_DEATHS)]
     assert kinds == ["wrong"]
 
 
 def test_a_result_of_another_kind_than_the_status_is_wrong():
     seen = dataclasses.replace(_failed(JobFailedError("?")), status=b"finished")
-    assert [each.kind for each in check_ended(_job(None), Account("sync1-0", 0.0), seen, NO_DEATHS)] == ["wrong"]
+    assert [each.kind for each in check_ended(_job(None), seen, NO_DEATHS)] == ["wrong"]
 
 
 # --- processes
