@@ -181,16 +181,16 @@ class Audit:
 
     def places(self) -> Places:
         queue = self._queue
-        ours = {
+        pending = {
             "the intermediate list": ("LRANGE", f"{keys.queue(queue)}:intermediate", 0, -1),
             "the scheduled registry": ("ZRANGE", keys.scheduled(queue), 0, -1),
             "the deferred registry": ("ZRANGE", keys.deferred(queue), 0, -1),
-            "the sequels": ("ZRANGE", keys.sequels(queue), 0, -1),
         }
         scored = [("ZRANGE", name(queue), 0, -1, "WITHSCORES") for name in (keys.finished, keys.failed, keys.canceled)]
         lists = [("LRANGE", keys.queue(queue), 0, -1), ("ZRANGE", keys.started(queue), 0, -1)]
-        waiting, started, finished, failed, canceled, *others = self._ask(
-            [*lists, *scored, *ours.values()], transaction=True
+        lists.append(("ZRANGE", keys.sequels(queue), 0, -1))
+        waiting, started, sequels, finished, failed, canceled, *others = self._ask(
+            [*lists, *scored, *pending.values()], transaction=True
         )
         return Places(
             time.time(),
@@ -199,7 +199,8 @@ class Audit:
             _scores(finished),
             _scores(failed),
             _scores(canceled),
-            {what: _decoded(members) for what, members in zip(ours, others, strict=True)},
+            {what: _decoded(members) for what, members in zip(pending, others, strict=True)},
+            _decoded(sequels),
         )
 
     def _check_registries(self, places: Places) -> Iterator[Violation]:
@@ -233,8 +234,9 @@ class Audit:
         return list(pipeline.execute())
 
 
-def _job_keys(job_id: str) -> tuple[str, ...]:
-    return keys.job(job_id), keys.results(job_id), keys.executions(job_id), keys.dependents(job_id)
+def _job_keys(job_id: str) -> list[str]:
+    of_jobs = (keys.job, keys.results, keys.executions, keys.dependents, keys.dependencies)
+    return [key_of(job_id) for key_of in of_jobs]
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -205,15 +205,16 @@ class Places:
     finished: dict[str, float]
     failed: dict[str, float]
     canceled: dict[str, float]
-    #: of the lists and sets that are to be empty at rest, by what they are: members
-    others: dict[str, Sequence[str]]
+    #: of what else a job may wait in, by its name: members
+    pending: dict[str, Sequence[str]]
+    sequels: Sequence[str]
 
 
 def check_places(places: Places) -> Iterator[Violation]:
     """At any moment: no job stands twice anywhere, or in two places."""
     started = [pair.rpartition(":")[0] for pair in places.started]
     where: dict[str, list[str]] = {}
-    for name, ids in (("waiting", places.waiting), ("started", started)):
+    for name, ids in {"waiting": places.waiting, "started": started, **places.pending}.items():
         for job_id, times in Counter(ids).items():
             where.setdefault(job_id, []).extend([name] * times)
     for name in ("finished", "failed", "canceled"):
@@ -238,7 +239,8 @@ def check_registries(places: Places, kept: dict[str, set[str]], ended: dict[str,
 
 def check_at_rest(places: Places) -> Iterator[Violation]:
     """Once everything has ended."""
-    for what, members in {"waiting": places.waiting, "started": places.started, **places.others}.items():
+    everywhere = {"waiting": places.waiting, "started": places.started, "the sequels": places.sequels, **places.pending}
+    for what, members in everywhere.items():
         for member in members:
             yield Violation("stray", member, f"at rest it is still in {what}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ ENOUGH_RETRIES = 40
 FEW_RETRIES = 3
 #: Seconds for which results and failures are kept, and of those that are to vanish early.
 LONG_TTL_S, SHORT_TTL_S = 240, 60
+#: A job waits for one of so many before it.
+PARENTS = 5
 #: Seconds until a job is enqueued for the second time on purpose, or canceled, at most.
 SECOND_THOUGHTS_S = 3.0
 
@@ -62,6 +64,10 @@ class Job:
     poison: Poison | None = None
     #: the place of the poison text
     poison_index: int | None = None
+    #: how long it is put off
+    delay_s: float = 0.0
+    #: the job that it waits for
+    depends_on: str | None = None
     #: when it is enqueued for the second time
     doubled_after_s: float | None = None
     #: when another request tries to take its id
@@ -96,9 +102,24 @@ def parse_id(job: str) -> tuple[str, int]:
     return producer, int(number)
 
 
-@lru_cache(maxsize=4096)
 def draw_job(seed: int, producer: str, number: int, *, one_text: bool = False) -> Job:
     """`one_text`: as `enqueue_many` takes them, with the settings that all jobs of one call share."""
+    job = _draw_alone(seed, producer, number, one_text=one_text)
+    if one_text or not job.is_innocent or job.delay_s:
+        return job
+    drawn = random.Random(f"{seed}/{producer}/{number}/relations")
+    parent = _draw_alone(seed, producer, max(0, number - drawn.randint(1, PARENTS)))
+    return replace(job, depends_on=parent.id) if drawn.random() < 0.03 and _may_be_waited_for(job, parent) else job
+
+
+def _may_be_waited_for(job: Job, parent: Job) -> bool:
+    """It is sure to finish, and to be there as long as somebody may try to enqueue the job."""
+    is_sure = parent.is_innocent and parent.retries == ENOUGH_RETRIES and parent.canceled_after_s is None
+    return is_sure and parent.result_ttl == LONG_TTL_S and parent.id != job.id
+
+
+@lru_cache(maxsize=4096)
+def _draw_alone(seed: int, producer: str, number: int, *, one_text: bool = False) -> Job:
     drawn = random.Random(f"{seed}/{producer}/{number}")
     poison = _planted(producer, number) or _draw_poison(drawn)
     if one_text and poison not in WITHOUT_RETRIES:
@@ -112,7 +133,8 @@ def draw_job(seed: int, producer: str, number: int, *, one_text: bool = False) -
         texts[index] = f"{POISON_MARK}{poison}:{texts[index]}"
     keywords = shared_keywords() if one_text else _draw_keywords(drawn, poison)
     late = _draw_second_thoughts(drawn, may=poison is None or poison not in DEADLY)
-    return Job(name, tuple(texts), keywords, poison, index, **late)
+    delay_s = 0.0 if one_text or drawn.random() > 0.04 else round(drawn.uniform(0.5, 4.0), 1)
+    return Job(name, tuple(texts), keywords, poison, index, delay_s, **late)
 
 
 def shared_keywords() -> dict[str, Any]:
@@ -158,6 +180,8 @@ def _draw_keywords(drawn: random.Random, poison: Poison | None) -> dict[str, Any
     )[0]
     if drawn.random() < 0.02:
         keywords["at_front"] = True
+    if drawn.random() < 0.04:
+        keywords["retry_intervals"] = (1,)
     return keywords
 
 

@@ -35,11 +35,10 @@ def _reason(key: Key, lasting: set[str], is_kept: Callable[[str], bool]) -> str 
     """Why a key should not be there; None if it may."""
     if key.name in lasting:
         return None
-    for prefix in (keys.job(""), keys.results("")):
-        if key.name.startswith(prefix):
-            if not is_kept(key.name.removeprefix(prefix)):
-                return "of a job that should be gone, or never was"
-            return None if key.ttl_s >= 0 else "of an ended job, and it never expires"
+    if (job_id := _job_of(key.name)) is not None:
+        if not is_kept(job_id):
+            return "of a job that should be gone, or never was"
+        return None if key.ttl_s >= 0 else "of an ended job, and it never expires"
     prefix = keys.worker("")
     if key.name.startswith(prefix):
         name = key.name.removeprefix(prefix)
@@ -47,3 +46,12 @@ def _reason(key: Key, lasting: set[str], is_kept: Callable[[str], bool]) -> str 
             return "of a worker, and nothing that one leaves"
         return None if key.ttl_s >= 0 else "of a worker, and it never expires"
     return "nothing that is known leaves such a key"
+
+
+def _job_of(name: str) -> str | None:
+    """The id of the job whose hash, result, or relatives stand under this key."""
+    for key_of in (keys.dependencies, keys.dependents, keys.results, keys.job):
+        prefix, suffix = key_of("*").split("*")
+        if name.startswith(prefix) and name.endswith(suffix):
+            return name[len(prefix) : len(name) - len(suffix)]
+    return None

@@ -71,6 +71,10 @@ def _rival(job: Job) -> list[str]:
     return [*job.texts, "what another client would have under this id"]
 
 
+def _keywords(job: Job) -> dict[str, Any]:
+    return {**job.keywords, "depends_on": job.depends_on} if job.depends_on else dict(job.keywords)
+
+
 def is_worth_trying_again(err: EmbedqError) -> bool:
     return err.retryable or isinstance(err, PartialEnqueueError)
 
@@ -138,8 +142,10 @@ class SyncProducer:
         if len(action.jobs) > 1:
             texts = [each.texts[0] for each in action.jobs]
             self._queue.enqueue_many(texts, job_ids=_ids(action), **job.keywords)
+        elif job.delay_s and action.kind == "enqueue":
+            self._queue.enqueue_in(job.delay_s, job.texts, job_id=job.id, **job.keywords)
         else:
-            self._queue.enqueue(job.texts, job_id=job.id, **job.keywords)
+            self._queue.enqueue(job.texts, job_id=job.id, **_keywords(job))
         return True
 
 
@@ -164,8 +170,9 @@ class AsyncProducer:
                 if self._diary.is_done(action):
                     continue
                 await self._under_way.acquire()
-                job_id = action.jobs[0].id
-                self._last[job_id] = group.create_task(self._do_at_last(action, self._last.get(job_id)))
+                job = action.jobs[0]
+                before = [self._last[name] for name in (job.id, job.depends_on) if name in self._last]
+                self._last[job.id] = group.create_task(self._do_at_last(action, before))
         for task in self._awaited:
             task.cancel()
         await asyncio.gather(*self._awaited, return_exceptions=True)
@@ -178,10 +185,10 @@ class AsyncProducer:
             pass
         return self._stop.is_set()
 
-    async def _do_at_last(self, action: Action, before: asyncio.Task[None] | None) -> None:
+    async def _do_at_last(self, action: Action, before: list[asyncio.Task[None]]) -> None:
         try:
-            if before is not None:
-                await before
+            for task in before:
+                await task
             self._diary.mean(action)
             while not await self._try(action):
                 await asyncio.sleep(AGAIN_S)
@@ -216,7 +223,10 @@ class AsyncProducer:
             except DuplicateJobError:
                 return "refused"
             return "accepted"
-        await self._queue.enqueue(job.texts, job_id=job.id, **job.keywords)
+        if job.delay_s and action.kind == "enqueue":
+            await self._queue.enqueue_in(job.delay_s, job.texts, job_id=job.id, **job.keywords)
+        else:
+            await self._queue.enqueue(job.texts, job_id=job.id, **_keywords(job))
         return True
 
     def _expect(self, action: Action) -> None:

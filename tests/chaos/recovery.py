@@ -105,4 +105,4 @@ class Recoveries:
 
 
 def _is_recovered(lease: float | None, status: bytes | None) -> bool:
-    return lease is None and status not in (b"queued", b"scheduled")
+    return lease is None and status != b"queued"

@@ -30,8 +30,9 @@ from tests.chaos.world import World
 TICK_S, AUDIT_S, TELL_S = 0.05, 2.0, 10.0
 #: Seconds until a fault is tried again whose victim is not there.
 POSTPONE_S = 0.25
-#: Seconds that everything may take to come to rest after the last fault, beside the work that waits.
-REST_S = 120.0
+#: Seconds that everything may take to come to rest after the last fault. What a worker that died left undone after a
+#: job's end is taken up after two minutes.
+REST_S = 240.0
 #: Of the client's scripts and the worker's.
 _PACKAGES = dict.fromkeys(("enqueue", "cancel", "requeue"), "embedq.producer")
 

@@ -7,7 +7,16 @@ import itertools
 import pytest
 
 from tests.chaos.actions import actions
-from tests.chaos.draws import DEADLY, ENOUGH_RETRIES, POISON_MARK, POISON_PER_MILLE, draw_job, job_id, parse_id
+from tests.chaos.draws import (
+    DEADLY,
+    ENOUGH_RETRIES,
+    POISON_MARK,
+    POISON_PER_MILLE,
+    _draw_alone,
+    draw_job,
+    job_id,
+    parse_id,
+)
 from tests.chaos.plan import RATES, plan
 
 SEEDS = (0, 7, 123_456)
@@ -23,7 +32,7 @@ def test_a_seed_gives_one_plan(seed):
 def test_a_seed_gives_every_producer_the_same_actions(seed):
     for producer in plan(seed, 60).producers:
         first = list(itertools.islice(actions(seed, producer), 500))
-        draw_job.cache_clear()
+        _draw_alone.cache_clear()
         assert list(itertools.islice(actions(seed, producer), 500)) == first
         assert [action.at_s for action in first] == sorted(action.at_s for action in first)
         assert len({action.key for action in first}) == len(first)
@@ -49,7 +58,7 @@ def test_a_job_is_its_id_and_the_seed():
     job = draw_job(7, "sync0", 41)
     assert parse_id(job.id) == ("sync0", 41)
     assert job.id == job_id("sync0", 41)
-    draw_job.cache_clear()
+    _draw_alone.cache_clear()
     assert draw_job(7, "sync0", 41) == job
     assert draw_job(8, "sync0", 41).texts != job.texts
 
@@ -85,3 +94,15 @@ def test_jobs_of_one_call_share_their_settings_and_none_ends_processes():
     assert {len(job.texts) for job in jobs} == {1}
     assert {job.retries for job in jobs} == {ENOUGH_RETRIES}
     assert not DEADLY & {job.poison for job in jobs}
+
+
+def test_jobs_wait_only_for_earlier_ones_that_are_sure_to_finish():
+    jobs = {job.id: job for job in (draw_job(7, "sync1", number) for number in range(3000))}
+    waiting = [job for job in jobs.values() if job.depends_on]
+    assert waiting
+    for job in waiting:
+        parent = jobs[job.depends_on]
+        assert parse_id(parent.id)[1] < parse_id(job.id)[1]
+        assert parent.is_innocent
+        assert parent.retries == ENOUGH_RETRIES
+        assert parent.canceled_after_s is None
