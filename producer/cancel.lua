@@ -57,6 +57,7 @@ local function cancel(id)
     redis.call('EXPIRE', key, ttl)
     redis.call('EXPIRE', stream, ttl)
     redis.call('EXPIRE', key .. ':dependents', ttl)
+    redis.call('EXPIRE', prefix .. ':job::' .. id .. ':dependencies', ttl)
     redis.call('ZREMRANGEBYSCORE', canceled, '-inf', '(' .. (now_s - math.max(ttl, default_ttl)))
   end
   return status

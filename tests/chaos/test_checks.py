@@ -297,7 +297,7 @@ def test_a_worker_that_ends_by_itself_is_told_of(tmp_path):
 def test_a_process_that_is_left_is_told_of(tmp_path):
     world = World(plan(SEED, 60), tmp_path)
     world.url = "redis://127.0.0.1:1/0"
-    left = processes.start([sys.executable, "-c", "input()", str(tmp_path)], tmp_path / "log")
+    left = processes.start([sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path / "a.journal")], tmp_path / "log")
     try:
         world.look_for_left_processes()
     finally:

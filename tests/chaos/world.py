@@ -265,8 +265,8 @@ class World:
                 self.complaints.append(f"{worker.name} did not end within {STOP_S:g} s of SIGTERM")
 
     def look_for_left_processes(self) -> None:
-        """Once this context has ended: nobody runs on who was told of our folder or our port."""
-        marks = (str(self.folder).encode(), self.url.encode())
+        """Once this context has ended: nobody runs on who was told of a file in our folder or of our port."""
+        marks = (f"{self.folder}{os.sep}".encode(), self.url.encode())
         for process in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 command = process.read_bytes()

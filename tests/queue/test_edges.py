@@ -138,3 +138,23 @@ def test_canceling_one_job_hides_no_other_from_the_registry(queue: EmbedQueue) -
     second.cancel()
     assert queue._redis.zscore(keys.canceled("embed"), first.id) is not None
     assert queue._redis.ttl(keys.dependents(first.id)) > 0
+
+
+def test_canceling_a_job_that_waits_for_others_leaves_nothing_for_good(each_url: str) -> None:
+    with EmbedQueue(each_url) as queue:
+        first = queue.enqueue("a")
+        job = queue.enqueue("b", depends_on=first, failure_ttl=100)
+        job.cancel()
+        assert 0 < queue._redis.ttl(keys.dependencies(job.id)) <= 100
+        job.requeue()
+        assert queue._redis.ttl(keys.dependencies(job.id)) == -1
+
+
+def test_a_job_that_starts_afresh_waits_for_what_it_now_depends_on_alone(each_url: str) -> None:
+    with EmbedQueue(each_url) as queue:
+        first, second = queue.enqueue_many(["a", "b"], job_ids=["first", "second"])
+        job = queue.enqueue("c", dedupe=True, depends_on=first)
+        job.cancel()
+        queue.enqueue("c", dedupe=True, depends_on=second)
+        assert queue._redis.smembers(keys.dependencies(job.id)) == {b"second"}
+        assert queue._redis.ttl(keys.dependencies(job.id)) == -1
