@@ -122,6 +122,7 @@ class Audit:
         ttl_s = job.result_ttl if verdict.startswith("finished") else job.failure_ttl
         entry_ids = [entry_id.decode() for entry_id, _ in seen.entries]
         self.ledger.settle(account, verdict, seen.ended_at, entry_ids, ttl_s)
+        account.attempts = seen.attempts
         self._to_revisit.append(account)
         self._to_vanish.append(account)
 
@@ -145,13 +146,12 @@ class Audit:
         kept = [account for account in due if account.ended_at + account.ttl_s > time.time() + VANISH_S]
         for job_id, seen in self._see([account.job_id for account in kept]):
             self.violations += check_again(self.ledger.accounts[job_id], seen)
-            self.ledger.accounts[job_id].was_seen_again = True
         self._to_revisit = later
 
     def _look_for_vanished(self, now: float) -> None:
         due, later = [], []
         for account in self._to_vanish:
-            is_due = now > account.ended_at + account.ttl_s + VANISH_S and len(due) < MAX_REVISITS
+            is_due = now > account.kept_until + VANISH_S and len(due) < MAX_REVISITS
             (due if is_due else later).append(account)
         for some in _chunks(due, CHUNK):
             found = self._ask([("EXISTS", *_job_keys(account.job_id)) for account in some])
@@ -167,15 +167,15 @@ class Audit:
         for some in _chunks(job_ids, CHUNK):
             commands: list[tuple[Any, ...]] = []
             for job_id in some:
-                commands.append(("HMGET", keys.job(job_id), "status", "ended_at"))
+                commands.append(("HMGET", keys.job(job_id), "status", "ended_at", "embedq_attempts"))
                 commands.append(("TTL", keys.job(job_id)))
                 commands.append(("XRANGE", keys.results(job_id), "-", "+"))
                 commands.append(("EXISTS", keys.executions(job_id)))
             # In one transaction: between two commands a job may end.
             replies = iter(self._ask(commands, transaction=True))
             for job_id in some:
-                (status, ended_at), ttl_s, entries, executions = (next(replies) for _ in range(4))
-                yield job_id, Seen(status, _seconds(ended_at), ttl_s, entries, bool(executions))
+                (status, ended_at, attempts), ttl_s, entries, executions = (next(replies) for _ in range(4))
+                yield job_id, Seen(status, _seconds(ended_at), ttl_s, entries, bool(executions), int(attempts or 0))
 
     # --- as a whole
 
@@ -222,7 +222,7 @@ class Audit:
 
     def _is_kept(self, job_id: str) -> bool:
         account = self.ledger.accounts.get(job_id)
-        return account is not None and account.ended_at + account.ttl_s + VANISH_S > time.time()
+        return account is not None and account.kept_until + VANISH_S > time.time()
 
     def _report(self, kind: Any, job_id: str, what: str) -> None:
         self.violations.append(Violation(kind, job_id, what))

@@ -86,6 +86,8 @@ class Seen:
     ttl_s: int
     entries: Sequence[Entry]
     has_executions: bool
+    #: attempts that it was charged with beyond its last
+    attempts: int = 0
 
 
 @cache

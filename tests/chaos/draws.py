@@ -46,6 +46,8 @@ ENOUGH_RETRIES = 40
 FEW_RETRIES = 3
 #: Seconds for which results and failures are kept, and of those that are to vanish early.
 LONG_TTL_S, SHORT_TTL_S = 240, 60
+#: Seconds for which a client that enqueues an ended job again keeps its result at least.
+LINGER_S = 60
 #: A job waits for one of so many before it.
 PARENTS = 5
 #: Seconds until a job is enqueued for the second time on purpose, or canceled, at most.

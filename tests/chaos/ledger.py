@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tests.chaos.draws import Job, draw_job, parse_id
+from tests.chaos.draws import LINGER_S, Job, draw_job, parse_id
 from tests.chaos.journal import Record
 from tests.chaos.plan import Plan
 
@@ -21,6 +21,8 @@ class Account:
     job_id: str
     meant_at: float
     acked_at: float | None = None
+    #: when a client last tried to enqueue it
+    enqueued_at: float = 0.0
     cancels_meant: int = 0
     cancels_raised: int = 0
     #: what cancellations were answered: true, false, "gone"
@@ -33,7 +35,8 @@ class Account:
     #: of the result stream, as first seen
     entry_ids: tuple[str, ...] = ()
     ttl_s: int = 0
-    was_seen_again: bool = False
+    #: attempts that it was charged with beyond its last
+    attempts: int = 0
     has_vanished: bool = False
     #: a first look found no job where one should be; the second counts
     is_missed: bool = False
@@ -54,6 +57,11 @@ class Account:
         return (
             self.was_canceled_for_sure or self.cancels_meant > 1 or self.cancels_raised > 0 or not self.cancel_replies
         )
+
+    @property
+    def kept_until(self) -> float:
+        """When it must have vanished; it may be kept longer than it asked for where somebody enqueued it again."""
+        return max(self.ended_at + self.ttl_s, self.enqueued_at + LINGER_S)
 
     @property
     def status(self) -> str:
@@ -110,6 +118,8 @@ class Ledger:
         }
 
     def _add(self, account: Account, what: str, kind: str, record: Record) -> None:
+        if kind in ("enqueue", "double"):
+            account.enqueued_at = record["at"]
         match kind, what:
             case "enqueue", "done":
                 account.acked_at = record["at"]

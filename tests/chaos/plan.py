@@ -21,6 +21,7 @@ FaultKind = Literal[
     "cut",
     "lose_reply",
     "lose_request",
+    "tear",
     "delay",
     "stall",
     "script_flush",
@@ -53,6 +54,7 @@ RATES: Mapping[FaultKind, Rate] = {
     "cut": Rate(25),
     "lose_reply": Rate(3, (4.0, 4.0)),
     "lose_request": Rate(8, (4.0, 4.0)),
+    "tear": Rate(10, (4.0, 4.0)),
     "delay": Rate(45, (2.0, 5.0)),
     "stall": Rate(90, (1.0, 6.0)),
     "script_flush": Rate(45),
@@ -125,7 +127,7 @@ def _producers(jobs_per_s: float) -> tuple[Producer, ...]:
 def _draw_fault(drawn: random.Random, kind: FaultKind, rate: Rate, at_s: float, num_producers: int) -> Fault:
     lasts_s = round(drawn.uniform(*rate.lasts_s), 3)
     at_s = round(at_s, 3)
-    if kind in ("lose_reply", "lose_request"):
+    if kind in ("lose_reply", "lose_request", "tear"):
         return Fault(at_s, kind, lasts_s, script=drawn.choice(SCRIPTS), times=drawn.randint(1, 3))
     victims = num_producers if kind == "kill_producer" else NUM_WORKERS
     return Fault(at_s, kind, lasts_s, victim=drawn.randrange(victims))

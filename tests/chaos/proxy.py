@@ -1,8 +1,9 @@
 """The network between clients and Redis, which can be made bad: `python -m tests.chaos.proxy TARGET_PORT PORT`.
 
 Connections can be cut, slowed down and held up, and a request or its reply can be lost with the connection: a reply
-only after the server gave it, so that whatever was asked has been done. Told what to do by lines of JSON on stdin;
-counts what it did in lines on stdout. Knows TCP chunks and the bytes that mark a request, no Redis.
+only after the server gave it, so that whatever was asked has been done; of a torn request the first half arrives.
+Told what to do by lines of JSON on stdin; tells what it did in lines on stdout. Knows TCP chunks and the bytes that
+mark a request, no Redis.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ BACKLOG = 512
 
 @dataclass(slots=True)
 class Loss:
-    """The next requests that hold `marker` (any if empty), or their replies, are lost until a moment."""
+    """The next requests that hold `marker`, halves of them, or their replies, are lost until a moment."""
 
-    what: Literal["lose_request", "lose_reply"]
+    what: Literal["lose_request", "tear", "lose_reply"]
     marker: bytes
     times: int
     until: float
@@ -63,8 +64,7 @@ class Proxy:
             self.order(json.loads(line))
 
     def order(self, order: dict[str, Any]) -> None:
-        """what: `cut`; `delay` and `stall` with for_s (and delay_s); `lose_request`, `lose_reply` with for_s, marker
-        and times."""
+        """what: `cut`; `delay` and `stall` with for_s (and delay_s); the losses with for_s, marker and times."""
         now = asyncio.get_running_loop().time()
         match order["what"]:
             case "cut":
@@ -108,11 +108,16 @@ class Proxy:
                 await self._linger()
                 loss = self._loss_of(data)
                 if loss is not None and loss.what == "lose_request":
-                    _tell("lost_request", marker=loss.marker.decode())
+                    _tell("lost_request")
                     connection.cut()
                     return
-                if loss is not None:
-                    connection.is_doomed = True
+                if loss is not None and loss.what == "tear":
+                    _tell("torn_request")
+                    connection.to_server.write(data[: len(data) // 2])
+                    await connection.to_server.drain()
+                    connection.cut()
+                    return
+                connection.is_doomed = connection.is_doomed or loss is not None
                 connection.to_server.write(data)
                 await connection.to_server.drain()
 

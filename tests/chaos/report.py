@@ -52,10 +52,12 @@ def rows(findings: Findings) -> list[tuple[str, str]]:
     counts, ended = ledger.counts, ledger.ended
     found = count_kinds(findings.violations)
     accepted = sum(1 for _ in ledger.acked())
+    retried = [account.attempts for account in ledger.accounts.values() if account.attempts]
     deaths = ", ".join(f"{number} x {status}" for status, number in sorted(findings.exits.items()))
     return [
         ("jobs accepted", f"{accepted:,}"),
         *((f"jobs {status}", f"{ended[status]:,}") for status in ("finished", "failed", "canceled")),
+        ("jobs tried more than once, attempts beyond the first", f"{len(retried):,}, {sum(retried):,}"),
         ("jobs with a text of poison", f"{sum(1 for job_id in ledger.accounts if ledger.job(job_id).poison):,}"),
         ("jobs that ended processes, and failed; of these with their text named", _blamed(ledger)),
         ("enqueued twice on purpose", f"{counts['double done']:,}"),
@@ -67,7 +69,7 @@ def rows(findings: Findings) -> list[tuple[str, str]]:
         ("Redis killed, stopped", f"{events['kill_redis']}, {events['stop_redis']}"),
         ("producers killed", str(events["kill_producer"])),
         ("cuts of all connections, by the proxy and by Redis", f"{events['cut']}, {events['client_kill']}"),
-        ("requests lost, replies lost", f"{events['lost_request']}, {events['lost_reply']}"),
+        ("requests lost, torn; replies lost", _three(events, "lost_request", "torn_request", "lost_reply")),
         ("times of delay, of silence; scripts flushed", _three(events, "delay", "stall", "script_flush")),
         ("workers' exits, number x status", deaths),
         *_recovery_rows(findings.recoveries),

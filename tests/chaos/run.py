@@ -210,7 +210,7 @@ class Run:
         self._world.order(what=fault.kind, marker=marker, times=fault.times, for_s=fault.lasts_s)
         return True
 
-    _lose_request = _lose_reply
+    _lose_request = _tear = _lose_reply
 
     @functools.cache  # noqa: B019  (a run lives as long as its process)
     def _sha(self, script: str) -> str:

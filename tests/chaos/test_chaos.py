@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.chaos.history import history
@@ -16,7 +18,7 @@ MISSABLE = {"kill_worker", "stop_worker", "term_worker"}
 @pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_whatever_dies_every_job_ends_once_with_what_its_texts_ask_for(tmp_path):
+def test_whatever_dies_every_job_ends_once_with_what_its_texts_ask_for(tmp_path: Path) -> None:
     findings = Run(plan(SEED, SECONDS), tmp_path / "run").findings()
     told = [f"{each}\n{history(each, findings.ledger, tmp_path / 'run')}" for each in findings.violations]
     assert not told, "\n".join([f"seed {SEED}, {SECONDS} s", *told])

@@ -26,6 +26,7 @@ from tests.chaos.ledger import Ledger
 from tests.chaos.plan import plan
 from tests.chaos.recovery import Recovery
 from tests.chaos.world import World
+from tests.conftest import Drain
 
 SEED = 7
 NUM_JOBS = 6
@@ -69,43 +70,43 @@ def _plain_jobs() -> Iterator[Job]:
 
 
 @pytest.fixture
-def scene(url, tmp_path) -> Iterator[Scene]:
+def scene(url: str, tmp_path: Path) -> Iterator[Scene]:
     scene = Scene(url, tmp_path)
     yield scene
     scene.close()
 
 
 @pytest.fixture
-def ended(scene, drain) -> Scene:
+def ended(scene: Scene, drain: Drain) -> Scene:
     """The jobs have finished; nobody has looked yet."""
     drain(model=MODEL)
     return scene
 
 
-def test_nothing_is_found_where_nothing_is_wrong(ended):
+def test_nothing_is_found_where_nothing_is_wrong(ended: Scene) -> None:
     ended.audit.round()
     assert ended.found() == set()
     assert ended.audit.ledger.ended == {"finished": NUM_JOBS}
 
 
-def test_a_job_that_never_ends_is_lost(scene):
+def test_a_job_that_never_ends_is_lost(scene: Scene) -> None:
     assert scene.found() >= {("lost", job.id) for job in scene.jobs}
 
 
-def test_a_job_that_is_gone_is_lost(ended):
+def test_a_job_that_is_gone_is_lost(ended: Scene) -> None:
     ended.redis.delete(keys.job(ended.jobs[2].id))
     ended.audit.round()
     ended.audit.round()
     assert ("lost", ended.jobs[2].id) in ended.found()
 
 
-def test_an_ended_job_without_its_result_is_lost(ended):
+def test_an_ended_job_without_its_result_is_lost(ended: Scene) -> None:
     ended.redis.delete(keys.results(ended.jobs[0].id))
     assert ("lost", ended.jobs[0].id) in ended.found()
 
 
 @pytest.mark.parametrize("was_seen", [False, True])
-def test_a_second_result_is_a_duplicate_before_and_after_the_first_was_seen(ended, was_seen):
+def test_a_second_result_is_a_duplicate_before_and_after_the_first_was_seen(ended: Scene, was_seen: bool) -> None:
     if was_seen:
         ended.audit.round()
     [(_, entry)] = ended.redis.xrange(keys.results(ended.jobs[1].id))
@@ -113,7 +114,7 @@ def test_a_second_result_is_a_duplicate_before_and_after_the_first_was_seen(ende
     assert ended.found() == {("duplicated", ended.jobs[1].id)}
 
 
-def test_a_finished_job_that_waits_again_is_a_duplicate(ended):
+def test_a_finished_job_that_waits_again_is_a_duplicate(ended: Scene) -> None:
     ended.audit.round()
     ended.redis.rpush(keys.queue("embed"), ended.jobs[1].id)
     assert ended.found() == {
@@ -123,13 +124,13 @@ def test_a_finished_job_that_waits_again_is_a_duplicate(ended):
     }
 
 
-def test_a_status_that_changes_after_the_end_is_a_duplicate(ended):
+def test_a_status_that_changes_after_the_end_is_a_duplicate(ended: Scene) -> None:
     ended.audit.round()
     ended.redis.hset(keys.job(ended.jobs[3].id), "status", "started")
     assert ended.found() == {("duplicated", ended.jobs[3].id)}
 
 
-def test_a_job_that_two_workers_hold_or_that_waits_twice_is_a_duplicate(scene):
+def test_a_job_that_two_workers_hold_or_that_waits_twice_is_a_duplicate(scene: Scene) -> None:
     first, second = scene.jobs[:2]
     scene.redis.zadd(keys.started("embed"), {f"{first.id}:a-1": 2e9, f"{first.id}:b-1": 2e9})
     scene.redis.rpush(keys.queue("embed"), second.id)
@@ -138,7 +139,7 @@ def test_a_job_that_two_workers_hold_or_that_waits_twice_is_a_duplicate(scene):
     assert found == {("duplicated", first.id), ("duplicated", second.id)}
 
 
-def test_a_vector_that_differs_by_one_bit_is_wrong(ended):
+def test_a_vector_that_differs_by_one_bit_is_wrong(ended: Scene) -> None:
     stream = keys.results(ended.jobs[0].id)
     [(_, entry)] = ended.redis.xrange(stream)
     blob = bytearray(base64.b64decode(entry[b"return_value"]))
@@ -149,31 +150,31 @@ def test_a_vector_that_differs_by_one_bit_is_wrong(ended):
     assert ended.found() == {("wrong", ended.jobs[0].id)}
 
 
-def test_the_vectors_of_other_texts_are_wrong(ended):
+def test_the_vectors_of_other_texts_are_wrong(ended: Scene) -> None:
     ended.redis.copy(keys.results(ended.jobs[0].id), keys.results(ended.jobs[1].id), replace=True)
     assert ("wrong", ended.jobs[1].id) in ended.found()
 
 
-def test_a_result_of_a_job_that_was_canceled_is_wrong(ended):
+def test_a_result_of_a_job_that_was_canceled_is_wrong(ended: Scene) -> None:
     ended.write("cancel", "meant", ended.jobs[0])
     ended.write("cancel", "done", ended.jobs[0], reply=True)
     assert ended.found() == {("wrong", ended.jobs[0].id)}
 
 
-def test_a_canceled_job_that_nobody_canceled_is_wrong(scene, drain):
+def test_a_canceled_job_that_nobody_canceled_is_wrong(scene: Scene, drain: Drain) -> None:
     with EmbedQueue(scene.url) as queue:
         queue.cancel(scene.jobs[0].id)
     drain(model=MODEL)
     assert scene.found() == {("wrong", scene.jobs[0].id)}
 
 
-def test_a_client_that_was_told_something_else_is_wrong(ended):
+def test_a_client_that_was_told_something_else_is_wrong(ended: Scene) -> None:
     ended.write("result", "result", ended.jobs[0], reply="finished 0123")
     ended.write("result", "result", ended.jobs[1], reply="gone")
     assert ended.found() == {("wrong", ended.jobs[0].id)}
 
 
-def test_another_request_under_a_jobs_id_is_wrong(ended):
+def test_another_request_under_a_jobs_id_is_wrong(ended: Scene) -> None:
     ended.write("rival", "done", ended.jobs[4], reply="accepted")
     ended.write("rival", "done", ended.jobs[5], reply="refused")
     assert ended.found() == {("wrong", ended.jobs[4].id)}
@@ -190,32 +191,34 @@ def test_another_request_under_a_jobs_id_is_wrong(ended):
         "something else",
     ],
 )
-def test_a_key_that_nothing_explains_is_a_stray(ended, key):
+def test_a_key_that_nothing_explains_is_a_stray(ended: Scene, key: str) -> None:
     ended.redis.set(key, 1, ex=100)
     assert ended.found() == {("stray", key)}
 
 
-def test_an_ended_job_that_never_expires_is_a_stray(ended):
+def test_an_ended_job_that_never_expires_is_a_stray(ended: Scene) -> None:
     ended.redis.persist(keys.results(ended.jobs[0].id))
     assert ended.found() == {("stray", keys.results(ended.jobs[0].id))}
 
 
-def test_what_outlives_its_time_is_a_stray(ended):
+def test_what_outlives_its_time_is_a_stray(ended: Scene) -> None:
     ended.audit.round()
     job = ended.jobs[0]
-    ended.audit.ledger.accounts[job.id].ended_at -= job.result_ttl + VANISH_S + 1
+    account = ended.audit.ledger.accounts[job.id]
+    account.ended_at -= job.result_ttl + VANISH_S + 1
+    account.enqueued_at = 0
     ended.audit.round()
     assert [(violation.kind, violation.job_id) for violation in ended.audit.violations] == [("stray", job.id)]
 
 
-def test_what_is_left_in_lists_and_registries_is_a_stray(ended):
+def test_what_is_left_in_lists_and_registries_is_a_stray(ended: Scene) -> None:
     ended.redis.zadd(keys.sequels("embed"), {"a": 1})
     ended.redis.rpush(f"{keys.queue('embed')}:intermediate", "b")
     ended.redis.zadd(keys.failed("embed"), {"c": 2e9})
     assert ended.found() >= {("stray", "a"), ("stray", "b"), ("stray", "c")}
 
 
-def test_a_finished_job_that_is_not_in_the_registry_is_lost(ended):
+def test_a_finished_job_that_is_not_in_the_registry_is_lost(ended: Scene) -> None:
     ended.redis.zrem(keys.finished("embed"), ended.jobs[0].id)
     assert ended.found() == {("lost", ended.jobs[0].id)}
 
@@ -237,7 +240,7 @@ def _job(poison: Poison | None, *, index: int | None = None, retries: int = 1) -
     return Job("sync1-0", ("a", "b"), keywords, poison, index)
 
 
-def test_an_innocent_job_may_fail_only_by_more_deaths_than_it_has_retries():
+def test_an_innocent_job_may_fail_only_by_more_deaths_than_it_has_retries() -> None:
     innocent = _job(None, retries=FEW_RETRIES)
     assert _kinds(innocent, JobFailedError("?", code="encode_failed"), Deaths(9, 9)) == ["lost"]
     assert _kinds(innocent, JobFailedError.abandoned(), Deaths(FEW_RETRIES, 1)) == ["lost"]
@@ -245,7 +248,7 @@ def test_an_innocent_job_may_fail_only_by_more_deaths_than_it_has_retries():
     assert _kinds(innocent, JobFailedError("?", code="hung"), Deaths(FEW_RETRIES, 1)) == []
 
 
-def test_poison_fails_with_its_code_and_names_its_text():
+def test_poison_fails_with_its_code_and_names_its_text() -> None:
     poison = _job("raise", index=1)
     assert _kinds(poison, JobFailedError("?", code="encode_failed", text_index=1)) == []
     assert _kinds(poison, JobFailedError("?", code="internal", text_index=1)) == ["wrong"]
@@ -253,7 +256,7 @@ def test_poison_fails_with_its_code_and_names_its_text():
     assert _kinds(poison, JobFailedError("?", code="encode_failed")) == ["wrong"]
 
 
-def test_a_job_that_ends_processes_names_its_text_once_it_was_tried_alone():
+def test_a_job_that_ends_processes_names_its_text_once_it_was_tried_alone() -> None:
     twice, once = _job("abort", index=1), _job("abort", index=1, retries=0)
     assert _kinds(twice, JobFailedError.abandoned(1), Deaths(2, 0)) == []
     assert _kinds(twice, JobFailedError.abandoned(), Deaths(2, 0)) == ["wrong"]
@@ -262,7 +265,7 @@ def test_a_job_that_ends_processes_names_its_text_once_it_was_tried_alone():
     assert _kinds(once, JobFailedError.abandoned(), Deaths(1, 0)) == []
 
 
-def test_poison_that_finishes_is_wrong(ended):
+def test_poison_that_finishes_is_wrong(ended: Scene) -> None:
     [(entry_id, entry)] = ended.redis.xrange(keys.results(ended.jobs[0].id))
     seen = Seen(b"finished", time.time(), 60, [(entry_id, entry)], has_executions=False)
     poisoned = dataclasses.replace(ended.jobs[0], poison="nan", poison_index=0)
@@ -270,7 +273,7 @@ def test_poison_that_finishes_is_wrong(ended):
     assert kinds == ["wrong"]
 
 
-def test_a_result_of_another_kind_than_the_status_is_wrong():
+def test_a_result_of_another_kind_than_the_status_is_wrong() -> None:
     seen = dataclasses.replace(_failed(JobFailedError("?")), status=b"finished")
     assert [each.kind for each in check_ended(_job(None), seen, NO_DEATHS)] == ["wrong"]
 
@@ -278,13 +281,13 @@ def test_a_result_of_another_kind_than_the_status_is_wrong():
 # --- processes
 
 
-def test_a_recovery_is_slow_only_where_nothing_else_was_in_its_way():
+def test_a_recovery_is_slow_only_where_nothing_else_was_in_its_way() -> None:
     slow = Recovery("w0-1", 0.0, num_jobs=3, took_s=11.0, is_undisturbed=True)
     others = [dataclasses.replace(slow, is_undisturbed=False), dataclasses.replace(slow, took_s=9.0)]
     assert [each.kind for each in check_recoveries([slow, *others])] == ["slow"]
 
 
-def test_a_worker_that_ends_by_itself_is_told_of(tmp_path):
+def test_a_worker_that_ends_by_itself_is_told_of(tmp_path: Path) -> None:
     world = World(dataclasses.replace(plan(SEED, 60), producers=()), tmp_path)
     world.is_ending = True
     for worker, status in zip(world.workers, (0, 1, 77), strict=True):
@@ -294,10 +297,11 @@ def test_a_worker_that_ends_by_itself_is_told_of(tmp_path):
     assert [complaint.partition(":")[0] for complaint in world.complaints] == ["w1-0 ended with status 1"]
 
 
-def test_a_process_that_is_left_is_told_of(tmp_path):
+def test_a_process_that_is_left_is_told_of(tmp_path: Path) -> None:
     world = World(plan(SEED, 60), tmp_path)
-    world.url = "redis://127.0.0.1:1/0"
-    left = processes.start([sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path / "a.journal")], tmp_path / "log")
+    world.url = f"unix://{tmp_path}/redis.sock"
+    command = [sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path / "a.journal")]
+    left = processes.start(command, tmp_path / "log")
     try:
         world.look_for_left_processes()
     finally:
@@ -305,7 +309,7 @@ def test_a_process_that_is_left_is_told_of(tmp_path):
     assert [complaint.split()[0] for complaint in world.complaints] == [str(left.pid)]
 
 
-def test_a_violations_history_has_what_its_producer_wrote_and_what_happened(ended, tmp_path):
+def test_a_violations_history_has_what_its_producer_wrote_and_what_happened(ended: Scene, tmp_path: Path) -> None:
     ended.redis.delete(keys.results(ended.jobs[0].id))
     (tmp_path / "events.jsonl").write_text(f'{{"at": {time.time()}, "what": "killed", "who": "w0-1"}}\n')
     ended.found()

@@ -55,7 +55,7 @@ def network(short_path: Path) -> Iterator[Network]:
             yield network
 
 
-def test_a_lost_reply_is_of_a_request_that_was_done(network):
+def test_a_lost_reply_is_of_a_request_that_was_done(network: Network) -> None:
     network.order(what="lose_reply", marker="count-me", times=1, for_s=30)
     assert network.through.incr("another") == 1
     with pytest.raises(redis.ConnectionError):
@@ -65,7 +65,7 @@ def test_a_lost_reply_is_of_a_request_that_was_done(network):
     assert network.through.incr("count-me") == 2
 
 
-def test_a_lost_request_was_not_done(network):
+def test_a_lost_request_was_not_done(network: Network) -> None:
     network.order(what="lose_request", marker="count-me", times=2, for_s=30)
     for _ in range(2):
         with pytest.raises(redis.ConnectionError):
@@ -74,12 +74,23 @@ def test_a_lost_request_was_not_done(network):
     assert network.through.incr("count-me") == 1
 
 
-def test_a_loss_that_nothing_met_in_time_is_forgotten(network):
+def test_of_a_torn_request_only_the_first_half_is_done(network: Network) -> None:
+    network.order(what="tear", marker="count-me", times=1, for_s=30)
+    pipeline = network.through.pipeline(transaction=False)
+    for _ in range(10):
+        pipeline.incr("count-me")
+    with pytest.raises(redis.ConnectionError):
+        pipeline.execute()
+    assert network.told() == {"did": "torn_request"}
+    assert 0 < int(network.direct.get("count-me")) < 10
+
+
+def test_a_loss_that_nothing_met_in_time_is_forgotten(network: Network) -> None:
     network.order(what="lose_request", marker="count-me", times=1, for_s=0.05)
     assert network.through.incr("count-me") == 1
 
 
-def test_a_cut_ends_every_connection_in_the_middle_of_a_call(network):
+def test_a_cut_ends_every_connection_in_the_middle_of_a_call(network: Network) -> None:
     waiting = network.through.connection_pool.get_connection()
     waiting.send_command("BLPOP", "nothing", 10)
     network.order(what="cut")
@@ -90,7 +101,7 @@ def test_a_cut_ends_every_connection_in_the_middle_of_a_call(network):
 
 
 @pytest.mark.parametrize("order", [{"what": "stall", "for_s": 0.6}, {"what": "delay", "for_s": 5, "delay_s": 0.2}])
-def test_what_is_held_up_comes_all_the_same(network, order):
+def test_what_is_held_up_comes_all_the_same(network: Network, order: dict[str, Any]) -> None:
     network.through.ping()
     began_at = time.monotonic()
     network.order(**order)
