@@ -331,7 +331,8 @@ class World:
 
     def _start(self, module_and_arguments: Sequence[Any], name: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", *map(str, module_and_arguments)]
-        return processes.start(command, self._log_of(name), {**os.environ, "PYTHONPATH": str(ROOT)})
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return processes.start(command, self._log_of(name), {**os.environ, "PYTHONPATH": path})
 
     def _start_proxy(self) -> None:
         self._proxy = subprocess.Popen(
