@@ -91,8 +91,8 @@ class Audit:
         for job_id in self.ledger.open:
             if self.ledger.accounts[job_id].acked_at is not None:
                 self._report("lost", job_id, "it was accepted and has not ended")
-        for job_id in self.ledger.usurped:
-            self._report("wrong", job_id, "another request was accepted under its id")
+        for job_id in self.ledger.misread:
+            self._report("wrong", job_id, "its id was given to another request, or refused to its own")
         for account in self.ledger.accounts.values():
             self.violations += check_account(account)
         places = self.places()

@@ -77,8 +77,8 @@ class Ledger:
         self.accounts: dict[str, Account] = {}
         #: job ids whose verdict is still to be seen
         self.open: set[str] = set()
-        #: ids that another request took
-        self.usurped: list[str] = []
+        #: ids that another request was given, or that their own was refused
+        self.misread: list[str] = []
         #: of the journals' lines, by kind and what they say of it
         self.counts: Counter[str] = Counter()
         #: jobs by how they ended
@@ -121,17 +121,17 @@ class Ledger:
         if kind in ("enqueue", "double"):
             account.enqueued_at = record["at"]
         match kind, what:
-            case "enqueue", "done":
-                account.acked_at = record["at"]
+            case (("enqueue" | "double" | "rival"), "done"):
+                if (record["reply"] == "accepted") == (kind == "rival"):
+                    self.misread.append(account.job_id)
+                if kind == "enqueue":
+                    account.acked_at = record["at"]
             case "cancel", "meant":
                 account.cancels_meant += 1
             case "cancel", "raised":
                 account.cancels_raised += 1
             case "cancel", "done":
                 account.cancel_replies += (record["reply"],)
-            case "rival", "done":
-                if record["reply"] != "refused":
-                    self.usurped.append(account.job_id)
             case "result", _:
                 account.told = record["reply"]
             case _:

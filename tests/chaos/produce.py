@@ -127,6 +127,12 @@ class SyncProducer:
                 return
 
     def _do(self, action: Action) -> object:
+        try:
+            return self._call(action)
+        except DuplicateJobError:
+            return "refused"
+
+    def _call(self, action: Action) -> object:
         job = action.jobs[0]
         if action.kind == "cancel":
             try:
@@ -134,19 +140,15 @@ class SyncProducer:
             except JobNotFoundError:
                 return "gone"
         if action.kind == "rival":
-            try:
-                self._queue.enqueue(_rival(job), job_id=job.id, **job.keywords)
-            except DuplicateJobError:
-                return "refused"
-            return "accepted"
-        if len(action.jobs) > 1:
+            self._queue.enqueue(_rival(job), job_id=job.id, **job.keywords)
+        elif len(action.jobs) > 1:
             texts = [each.texts[0] for each in action.jobs]
             self._queue.enqueue_many(texts, job_ids=_ids(action), **job.keywords)
         elif job.delay_s and action.kind == "enqueue":
             self._queue.enqueue_in(job.delay_s, job.texts, job_id=job.id, **job.keywords)
         else:
             self._queue.enqueue(job.texts, job_id=job.id, **_keywords(job))
-        return True
+        return "accepted"
 
 
 class AsyncProducer:
@@ -211,6 +213,12 @@ class AsyncProducer:
         return True
 
     async def _do(self, action: Action) -> object:
+        try:
+            return await self._call(action)
+        except DuplicateJobError:
+            return "refused"
+
+    async def _call(self, action: Action) -> object:
         job = action.jobs[0]
         if action.kind == "cancel":
             try:
@@ -218,16 +226,12 @@ class AsyncProducer:
             except JobNotFoundError:
                 return "gone"
         if action.kind == "rival":
-            try:
-                await self._queue.enqueue(_rival(job), job_id=job.id, **job.keywords)
-            except DuplicateJobError:
-                return "refused"
-            return "accepted"
-        if job.delay_s and action.kind == "enqueue":
+            await self._queue.enqueue(_rival(job), job_id=job.id, **job.keywords)
+        elif job.delay_s and action.kind == "enqueue":
             await self._queue.enqueue_in(job.delay_s, job.texts, job_id=job.id, **job.keywords)
         else:
             await self._queue.enqueue(job.texts, job_id=job.id, **_keywords(job))
-        return True
+        return "accepted"
 
     def _expect(self, action: Action) -> None:
         number = parse_id(action.jobs[0].id)[1]

@@ -47,7 +47,7 @@ class Scene:
             for job in self.jobs:
                 self.write("enqueue", "meant", job)
                 queue.enqueue(job.texts, job_id=job.id, **job.keywords)
-                self.write("enqueue", "done", job, reply=True)
+                self.write("enqueue", "done", job, reply="accepted")
 
     def write(self, kind: str, what: str, job: Job, **more: object) -> None:
         self._journal.write(what=what, key=f"{kind} {job.id}", kind=kind, ids=[job.id], **more)
@@ -174,10 +174,11 @@ def test_a_client_that_was_told_something_else_is_wrong(ended: Scene) -> None:
     assert ended.found() == {("wrong", ended.jobs[0].id)}
 
 
-def test_another_request_under_a_jobs_id_is_wrong(ended: Scene) -> None:
-    ended.write("rival", "done", ended.jobs[4], reply="accepted")
+def test_an_id_that_is_given_to_another_request_or_refused_to_its_own_is_wrong(ended: Scene) -> None:
+    ended.write("rival", "done", ended.jobs[3], reply="accepted")
+    ended.write("double", "done", ended.jobs[4], reply="refused")
     ended.write("rival", "done", ended.jobs[5], reply="refused")
-    assert ended.found() == {("wrong", ended.jobs[4].id)}
+    assert ended.found() == {("wrong", ended.jobs[3].id), ("wrong", ended.jobs[4].id)}
 
 
 @pytest.mark.parametrize(
