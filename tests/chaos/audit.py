@@ -123,6 +123,7 @@ class Audit:
         entry_ids = [entry_id.decode() for entry_id, _ in seen.entries]
         self.ledger.settle(account, verdict, seen.ended_at, entry_ids, ttl_s)
         account.attempts = seen.attempts
+        account.poison, account.poison_index = job.poison, job.poison_index
         self._to_revisit.append(account)
         self._to_vanish.append(account)
 

@@ -37,6 +37,9 @@ class Account:
     ttl_s: int = 0
     #: attempts that it was charged with beyond its last
     attempts: int = 0
+    #: the kind of poison in it, and the text's place; known once it has ended
+    poison: str | None = None
+    poison_index: int | None = None
     has_vanished: bool = False
     #: a first look found no job where one should be; the second counts
     is_missed: bool = False

@@ -58,7 +58,7 @@ def rows(findings: Findings) -> list[tuple[str, str]]:
         ("jobs accepted", f"{accepted:,}"),
         *((f"jobs {status}", f"{ended[status]:,}") for status in ("finished", "failed", "canceled")),
         ("jobs tried more than once, attempts beyond the first", f"{len(retried):,}, {sum(retried):,}"),
-        ("jobs with a text of poison", f"{sum(1 for job_id in ledger.accounts if ledger.job(job_id).poison):,}"),
+        ("jobs with a text of poison", f"{sum(1 for account in ledger.accounts.values() if account.poison):,}"),
         ("jobs that ended processes, and failed; of these with their text named", _blamed(ledger)),
         ("enqueued twice on purpose", f"{counts['double done']:,}"),
         ("calls that failed and were made again", f"{sum(n for k, n in counts.items() if k.endswith('raised')):,}"),
@@ -80,10 +80,9 @@ def rows(findings: Findings) -> list[tuple[str, str]]:
 
 def _blamed(ledger: Ledger) -> str:
     """Deadly jobs that failed, and how many of them name the text at fault."""
-    failed = [account for account in ledger.accounts.values() if account.status == "failed"]
-    indexes = {a.job_id: ledger.job(a.job_id).poison_index for a in failed if ledger.job(a.job_id).poison in DEADLY}
-    named = sum(1 for a in failed if a.job_id in indexes and (a.verdict or "").endswith(f" {indexes[a.job_id]}"))
-    return f"{len(indexes)}, {named}"
+    failed = [each for each in ledger.accounts.values() if each.poison in DEADLY and each.status == "failed"]
+    named = sum(1 for account in failed if (account.verdict or "").endswith(f" {account.poison_index}"))
+    return f"{len(failed)}, {named}"
 
 
 def _three(events: Mapping[str, int], *names: str) -> str:

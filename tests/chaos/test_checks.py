@@ -17,6 +17,7 @@ from embedq.producer import EmbedQueue, keys, wire
 from embedq.producer.connection import connect
 from embedq.producer.errors import JobFailedError
 from embedq.worker import processes
+from embedq.worker.claims import ClaimStore, Outcome
 from tests.chaos.audit import VANISH_S, Audit
 from tests.chaos.checks import MODEL, Deaths, Seen, check_ended, check_recoveries
 from tests.chaos.draws import FEW_RETRIES, Job, Poison, draw_job
@@ -24,9 +25,9 @@ from tests.chaos.history import history
 from tests.chaos.journal import Journal, JournalReader
 from tests.chaos.ledger import Ledger
 from tests.chaos.plan import plan
-from tests.chaos.recovery import Recovery
+from tests.chaos.recovery import Recoveries, Recovery
 from tests.chaos.world import World
-from tests.conftest import Drain
+from tests.conftest import Drain, until
 
 SEED = 7
 NUM_JOBS = 6
@@ -317,3 +318,19 @@ def test_a_violations_history_has_what_its_producer_wrote_and_what_happened(ende
     told = history(ended.audit.violations[0], ended.audit.ledger, tmp_path)
     assert "enqueue done" in told
     assert "killed w0-1" in told
+
+
+def test_a_recovery_is_over_when_the_last_job_is_in_other_hands(scene: Scene) -> None:
+    dead, alive = ClaimStore(scene.redis, "dead", 1.0), ClaimStore(scene.redis, "alive", 60.0)
+    held = dead.claim(["embed"], NUM_JOBS, 1_000_000).claims
+    dead.publish([Outcome.failed(held[0], JobFailedError("?"))])
+    with Recoveries(scene.redis, lambda *_: True) as recoveries:
+        recoveries.killed("dead")
+        until(lambda: alive.recover("embed").retried == NUM_JOBS - 1)
+        assert recoveries.done == []
+        alive.claim(["embed"], NUM_JOBS, 1_000_000)
+        until(lambda: recoveries.done)
+    [recovery] = recoveries.done
+    assert (recovery.worker, recovery.num_jobs, recovery.is_undisturbed) == ("dead", NUM_JOBS - 1, True)
+    assert recovery.took_s is not None
+    assert recovery.took_s > 0.5
