@@ -41,6 +41,7 @@ local function cancel(id)
   end
   redis.call('ZREM', prefix .. ':scheduled:' .. queue, id)
   redis.call('ZREM', prefix .. ':deferred:' .. queue, id)
+  redis.call('ZREM', prefix .. ':ready:' .. queue, id) -- where RQ has jobs between their dependencies and the queue
   for _, execution in ipairs(redis.call('ZRANGE', prefix .. ':executions:' .. id, 0, -1)) do
     local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
     end_execution(prefix, queue, id, execution, worker)

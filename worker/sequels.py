@@ -85,6 +85,10 @@ class Sequels:
         found = self._orphans(keys=list(map(keys.sequels, self._queues)), args=[ORPHANED_S, ORPHANS])
         for place, job_id in zip(found[::2], found[1::2], strict=True):
             self.follow_all(self._queues[place - 1], [job_id.decode()])
+        for name in self._queues:
+            with errors_logged(f"jobs of queue {name} whose dependencies are met"):
+                # RQ puts them here first, and onto their queue in a second step, which may have come to nothing.
+                self._queue(name).ready_job_registry.cleanup()
 
     def report(self, job_id: str, reason: bytes) -> None:
         """RQ's exception handlers, for each attempt that failed; `reason` as RQ stores it."""
@@ -99,11 +103,14 @@ class Sequels:
         status = job.get_status(refresh=False)
         if status in (JobStatus.FINISHED.value, JobStatus.FAILED.value):
             with errors_logged(f"the dependents of job {job_id}"):
-                Queue(queue_name, connection=self._client, serializer=EmbedSerializer).enqueue_dependents(job)
+                self._queue(queue_name).enqueue_dependents(job)
         # One that repeats at once keeps its slot, as RQ has it.
         if not (status == JobStatus.FINISHED.value and job.repeats_left and self._repeats_now(queue_name, job_id)):
             release_slot(job)
         return job
+
+    def _queue(self, name: str) -> Queue:
+        return Queue(name, connection=self._client, serializer=EmbedSerializer)
 
     def _report_arguments(self, job_id: str, reason: bytes) -> tuple[Any, ...]:
         job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)

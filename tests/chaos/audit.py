@@ -186,6 +186,7 @@ class Audit:
             "the intermediate list": ("LRANGE", f"{keys.queue(queue)}:intermediate", 0, -1),
             "the scheduled registry": ("ZRANGE", keys.scheduled(queue), 0, -1),
             "the deferred registry": ("ZRANGE", keys.deferred(queue), 0, -1),
+            "the registry of jobs that need not wait any longer": ("ZRANGE", f"{keys.PREFIX}:ready:{queue}", 0, -1),
         }
         scored = [("ZRANGE", name(queue), 0, -1, "WITHSCORES") for name in (keys.finished, keys.failed, keys.canceled)]
         lists = [("LRANGE", keys.queue(queue), 0, -1), ("ZRANGE", keys.started(queue), 0, -1)]
