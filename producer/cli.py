@@ -30,7 +30,10 @@ from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S, RETRIES
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 url_option = click.option(
-    "--url", default=DEFAULT_URL, show_default=True, help="Redis: redis://, rediss:// or unix://."
+    "--url",
+    default=DEFAULT_URL,
+    show_default=True,
+    help="Redis: redis://, rediss:// (TLS), unix://, or redis+sentinel://HOST:PORT,.../SERVICE/DB.",
 )
 queue_option = click.option("--queue", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
