@@ -37,7 +37,7 @@ DEATHS = LAST_WORDS | {"abandoned"}
 CODES: dict[Poison, frozenset[str]] = {
     "raise": frozenset({"encode_failed"}),
     "nan": frozenset({"non_finite"}),
-    "oom": frozenset({"encode_failed", "out_of_memory"}),
+    "oom": frozenset({"out_of_memory"}),
     "tokenize-raise": frozenset({"internal"}),
     "tokenize-abort": frozenset({"abandoned"}),
     "abort": frozenset({"abandoned"}),

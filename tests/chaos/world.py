@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from embedq.producer.connection import connect
-from embedq.worker import WorkerSettings, processes
+from embedq.worker import processes
 from embedq.worker.redis_server import CONFIGURATION, RedisServer, free_port
 from tests.chaos.checks import MODEL, Deaths
 from tests.chaos.plan import ENCODE_TIMEOUT_S, GRACE_S, LEASE_S, NUM_WORKERS, Plan, Producer
@@ -33,13 +33,17 @@ ROOT = Path(__file__).resolve().parents[2]
 RESTART_S = 0.3
 #: Seconds of a worker's life before which it is neither killed nor counts as one that can take over others' jobs.
 GROWN_UP_S = 2.0
+#: What a worker says once it is.
+AT_WORK = b" serves "
 #: Tokens of a micro-batch: so few that several are under way.
 MAX_BATCH_TOKENS = 1024
 #: Beyond what ships: nothing that was acknowledged is lost with the server.
 REDIS_SETTINGS = "\nappendfsync always\nauto-aof-rewrite-min-size 32mb\n"
-#: Exit statuses with which a worker may end that nobody killed: asked to; grace over; Redis gone at the start; device
-#: lost; an encode that hung; poison.
-EXPECTED_EXITS = frozenset({0, 3, 5, 7, 8, POISON_EXIT, -signal.SIGABRT})
+#: Exit statuses with which a worker may end that nobody killed: asked to; grace over; device lost; an encode that hung;
+#: poison.
+EXPECTED_EXITS = frozenset({0, 3, 7, 8, POISON_EXIT, -signal.SIGABRT})
+#: And one that is still starting when the run ends: it leaves at once.
+LEFT_AT_START = frozenset({-signal.SIGTERM, 128 + signal.SIGTERM})
 #: Seconds that a process gets to end once it was asked to.
 STOP_S = GRACE_S + 10
 #: Seconds before a job's end in which a death from outside may have been what ended it: a lease, and its recovery.
@@ -291,18 +295,23 @@ class World:
         if worker.process is None:
             return
         if (status := worker.process.poll()) is None:
-            worker.is_at_work = worker.is_at_work or self._log_of(worker.name).stat().st_size > 0
+            worker.is_at_work = worker.is_at_work or AT_WORK in self._log_of(worker.name).read_bytes()
             return
         self._death_times.append(now)
         if worker.was_killed:
             self._harm_times.append(now)
         self.exits[status] += 1
         self.note("worker ended", who=worker.name, status=status)
-        if status not in EXPECTED_EXITS and not (status == -signal.SIGKILL and worker.was_killed):
+        if not self._is_expected(worker, status):
             log = processes.last_lines(self._log_of(worker.name), 20)
             self.complaints.append(f"{worker.name} ended with status {status}:\n{log}")
         worker.process, worker.starts_at = None, now + RESTART_S
         worker.is_stopped = worker.is_at_work = False
+
+    def _is_expected(self, worker: Worker, status: int) -> bool:
+        if status == -signal.SIGKILL:
+            return worker.was_killed
+        return status in EXPECTED_EXITS or (self.is_ending and not worker.is_at_work and status in LEFT_AT_START)
 
     def _reap_maker(self, maker: Maker, now: float) -> None:
         if maker.process is None or (status := maker.process.poll()) is None:
@@ -317,8 +326,7 @@ class World:
         worker.was_killed = False
         command = ["tests.chaos.poison", "worker", "--url", self.url, "--name", worker.name, "--model", MODEL]
         command += ["--lease-s", str(LEASE_S), "--grace-s", str(GRACE_S), "--max-batch-tokens", str(MAX_BATCH_TOKENS)]
-        if "encode_timeout_s" in WorkerSettings.__dataclass_fields__:
-            command += ["--encode-timeout-s", str(ENCODE_TIMEOUT_S)]
+        command += ["--encode-timeout-s", str(ENCODE_TIMEOUT_S)]
         worker.process = self._start(command, worker.name)
         worker.started_at = time.time()
         self.note("worker started", who=worker.name, pid=worker.process.pid)
