@@ -23,8 +23,8 @@ POISON_MARK = "poison:"
 POISON_PER_MILLE: Mapping[Poison, float] = {
     "raise": 3.0,
     "nan": 3.0,
-    "oom": 2.0,
-    "crowd": 4.0,
+    "oom": 1.0,
+    "crowd": 1.5,
     "tokenize-raise": 2.0,
     "abort": 0.12,
     "exit": 0.08,

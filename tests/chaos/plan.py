@@ -32,7 +32,7 @@ ProducerKind = Literal["sync", "async", "bulk"]
 #: Workers of a run.
 NUM_WORKERS = 3
 #: Of every worker, in seconds. A worker stopped for longer than its lease loses what it holds.
-LEASE_S, ENCODE_TIMEOUT_S, GRACE_S = 5.0, 3.0, 10.0
+LEASE_S, ENCODE_TIMEOUT_S, GRACE_S = 5.0, 4.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from embedq.worker.settings import WorkerSettings
 from tests.chaos.draws import POISON_MARK
 
 #: Seconds of one micro-batch, and of each of its texts: so that workers die with jobs in hand.
-BATCH_S, TEXT_S = 0.1, 0.001
+BATCH_S, TEXT_S = 0.03, 0.002
 #: Texts in one micro-batch beside which a `crowd` text fits.
 CROWD_TEXTS = 4
 #: Exit status of a process that `exit` ends.
