@@ -2,13 +2,15 @@
 
 PYTHON ?= python3
 ROUNDS ?= 5
+SECONDS ?= 180
+SEED ?=
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 # The CPU kernels are compiled when the package is installed.
 DEPENDENCIES := pyproject.toml constraints.txt $(wildcard model/kernels/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint types bench audit clean
+.PHONY: help install run test lint types bench chaos audit clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -30,6 +32,9 @@ types: $(VENV)/.dev build/typing ## mypy --strict
 
 bench: $(VENV)/.dev ## throughput of queue and encoder, side by side with their peers; ROUNDS=5
 	@$(VENV)/bin/python -m tests.bench.run --rounds $(ROUNDS)
+
+chaos: $(VENV)/.dev ## kill workers and Redis at random and check every job; SECONDS=180 SEED=7 REPORT=file.md
+	@$(VENV)/bin/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(REPORT),--report $(REPORT))
 
 audit: $(VENV)/.audit ## known vulnerabilities of what is pinned (pip-audit), risky code of ours (bandit)
 	@$(VENV)/bin/bandit --quiet --configfile pyproject.toml --recursive producer worker model

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import orjson
 from rq.defaults import CALLBACK_TIMEOUT
 
-from embedq.producer import keys, requests
+from embedq.producer import keys, requests, wire
 from embedq.producer.checks import shown
 from embedq.producer.errors import (
     DuplicateJobError,
@@ -132,8 +132,12 @@ def enqueue(
         kind, *rest = yield call
         if kind == b"done":
             return frozenset(job_id.decode() for job_id in rest)
+        if kind == b"taken":
+            jobs = yield from _as_stored(jobs, [job_id.decode() for job_id in rest])
+            call = _enqueue_call(queue, jobs, settings, start)
+            continue
         if kind != b"full":
-            raise _refusal(kind, [job_id.decode() for job_id in rest])
+            raise _missing([job_id.decode() for job_id in rest])
         pause = next(pauses, None)
         if pause is None:
             waited = f", also after {settings.block_timeout:g} s" if settings.block_timeout else ""
@@ -141,6 +145,25 @@ def enqueue(
                 f"queue {queue} has {rest[0]:,} jobs and takes {settings.max_depth:,} at most{waited}; try again later"
             )
         yield Pause(pause)
+
+
+def _as_stored(jobs: Sequence[Request], taken: Sequence[str]) -> Operation[list[Request]]:
+    """The jobs, those whose ids are taken with the bytes that are there, if these say the same.
+
+    Raises DuplicateJobError if one of them is another request's.
+    """
+    key_of = {job_id: keys.job(job_id) for job_id in taken}
+    replies = yield Commands(
+        [command for key in key_of.values() for command in (("HGET", key, "data"), ("EXISTS", key))]
+    )
+    wanted = {job.job_id: job.data for job in jobs}
+    stored: dict[str, bytes] = {}
+    for job_id, data, is_there in zip(taken, replies[::2], replies[1::2], strict=True):
+        if is_there and not wire.is_same_request(data or b"", wanted[job_id]):
+            raise DuplicateJobError(f"job id {job_id} is taken by another request", taken)
+        if is_there:  # else it has expired meanwhile, and is enqueued
+            stored[job_id] = data
+    return [job._replace(data=stored.get(job.job_id, job.data)) for job in jobs]
 
 
 def enqueue_in_chunks(
@@ -274,9 +297,7 @@ def _enqueue_call(queue: str, jobs: Sequence[Request], settings: JobSettings, st
     )
 
 
-def _refusal(kind: bytes, ids: list[str]) -> EmbedqError:
-    if kind == b"taken":
-        return DuplicateJobError(f"job id {ids[0]} is taken by another request", ids)
+def _missing(ids: list[str]) -> JobNotFoundError:
     return JobNotFoundError(f"there is no job {ids[0]} to depend on: it never existed, or it expired")
 
 

@@ -59,7 +59,7 @@ local function cancel(id)
 
   clear_way('list', prefix .. ':queue:' .. queue)
   clear_way('stream', stream)
-  for _, registry in ipairs({':scheduled:', ':deferred:', ':canceled:'}) do
+  for _, registry in ipairs({':scheduled:', ':deferred:', ':ready:', ':canceled:'}) do
     clear_way('zset', prefix .. registry .. queue)
   end
   -- First what a server without memory refuses, so that it refuses before anything has changed.
@@ -72,6 +72,7 @@ local function cancel(id)
   end
   redis.call('ZREM', prefix .. ':scheduled:' .. queue, id)
   redis.call('ZREM', prefix .. ':deferred:' .. queue, id)
+  redis.call('ZREM', prefix .. ':ready:' .. queue, id) -- where RQ has jobs between their dependencies and the queue
 
   -- RQ never clears this registry, so each cancellation drops what is as old as a canceled job can be.
   local canceled, now_s = prefix .. ':canceled:' .. queue, math.floor(clock())
@@ -83,6 +84,7 @@ local function cancel(id)
     redis.call('EXPIRE', key, ttl)
     redis.call('EXPIRE', stream, ttl)
     redis.call('EXPIRE', key .. ':dependents', ttl)
+    redis.call('EXPIRE', prefix .. ':job::' .. id .. ':dependencies', ttl)
     redis.call('ZREMRANGEBYSCORE', canceled, '-inf', '(' .. (now_s - math.max(ttl, default_ttl)))
   end
   return status

@@ -129,6 +129,7 @@ local function renew(id, key, its_queue)
   redis.call('HSET', key, 'started_at', '', 'ended_at', '', 'worker_name', '')
   redis.call('PERSIST', key)
   redis.call('PERSIST', key .. ':dependents')
+  redis.call('DEL', prefix .. ':job::' .. id .. ':dependencies')
 end
 
 local function depend(id)

@@ -87,6 +87,10 @@ class Sequels:
         found = self._orphans(keys=list(map(keys.sequels, self._queues)), args=[ORPHANED_S, ORPHANS])
         for place, job_id in zip(found[::2], found[1::2], strict=True):
             self.follow_all(self._queues[place - 1], [job_id.decode(errors="replace")])
+        for name in self._queues:
+            with errors_logged(f"jobs of queue {name} whose dependencies are met"):
+                # RQ puts them here first, and onto their queue in a second step, which may have come to nothing.
+                self._queue(name).ready_job_registry.cleanup()
 
     def report(self, job_id: str, reason: bytes) -> None:
         """RQ's exception handlers, for each attempt that failed; `reason` as RQ stores it."""
@@ -111,8 +115,10 @@ class Sequels:
         if self._client.scard(keys.dependents(job.id)) > MAX_DEPENDENTS:
             logger.warning("job %s has more than %d dependents; they stay deferred", job.id, MAX_DEPENDENTS)
             return
-        queue = Queue(queue_name, connection=self._client, serializer=EmbedSerializer, job_class=ForeignJob)
-        queue.enqueue_dependents(job)
+        self._queue(queue_name).enqueue_dependents(job)
+
+    def _queue(self, name: str) -> Queue:
+        return Queue(name, connection=self._client, serializer=EmbedSerializer, job_class=ForeignJob)
 
     def _report_arguments(self, job_id: str, reason: bytes) -> tuple[Any, ...]:
         job = ForeignJob.fetch(job_id, connection=self._client, serializer=EmbedSerializer)

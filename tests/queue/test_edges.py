@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rq.job import Job as RqJob
 
 from embedq.model import NoopEncoder
 from embedq.producer import (
     ConfigurationError,
+    DuplicateJobError,
     Embeddings,
+    EmbedOptions,
     EmbedQueue,
+    EmbedSerializer,
     InvalidJobIdError,
     JobStatus,
     MixedResultsError,
@@ -138,3 +142,45 @@ def test_canceling_one_job_hides_no_other_from_the_registry(queue: EmbedQueue) -
     second.cancel()
     assert queue._redis.zscore(keys.canceled("embed"), first.id) is not None
     assert queue._redis.ttl(keys.dependents(first.id)) > 0
+
+
+@pytest.mark.parametrize("text", ["short", "a longer one " * 50])
+def test_a_request_is_the_same_however_its_bytes_were_compressed(each_url: str, text: str) -> None:
+    with EmbedQueue(each_url) as queue:
+        job = queue.enqueue(text, job_id="ours")
+        # As RQ does with every job that it writes anew, a dependent's among them.
+        RqJob.fetch("ours", queue._redis, serializer=EmbedSerializer).save()
+        assert queue._redis.hget(keys.job("ours"), "data") != wire.encode_request([text], EmbedOptions())
+        assert queue.enqueue(text, job_id="ours") == job
+        assert queue.enqueue_many(["new", text], job_ids=["new", "ours"])[1] == job
+        assert queue.depth() == 2
+        with pytest.raises(DuplicateJobError, match="ours is taken"):
+            queue.enqueue_many(["newer", "another"], job_ids=["newer", "ours"])
+        assert queue.depth() == 2
+
+
+@pytest.mark.parametrize("data", [b"x\x01not zlib at all", None])
+def test_an_id_whose_data_cannot_be_read_is_taken(queue: EmbedQueue, data: bytes | None) -> None:
+    queue._redis.hset(keys.job("ours"), mapping={"status": "queued", **({"data": data} if data else {})})
+    with pytest.raises(DuplicateJobError, match="ours is taken"):
+        queue.enqueue("a", job_id="ours")
+
+
+def test_canceling_a_job_that_waits_for_others_leaves_nothing_for_good(each_url: str) -> None:
+    with EmbedQueue(each_url) as queue:
+        first = queue.enqueue("a")
+        job = queue.enqueue("b", depends_on=first, failure_ttl=100)
+        job.cancel()
+        assert 0 < queue._redis.ttl(keys.dependencies(job.id)) <= 100
+        job.requeue()
+        assert queue._redis.ttl(keys.dependencies(job.id)) == -1
+
+
+def test_a_job_that_starts_afresh_waits_for_what_it_now_depends_on_alone(each_url: str) -> None:
+    with EmbedQueue(each_url) as queue:
+        first, second = queue.enqueue_many(["a", "b"], job_ids=["first", "second"])
+        job = queue.enqueue("c", dedupe=True, depends_on=first)
+        job.cancel()
+        queue.enqueue("c", dedupe=True, depends_on=second)
+        assert queue._redis.smembers(keys.dependencies(job.id)) == {b"second"}
+        assert queue._redis.ttl(keys.dependencies(job.id)) == -1

@@ -357,6 +357,28 @@ def test_what_a_dead_worker_left_undone_is_taken_up(left_undone: tuple[EmbedQueu
     assert not queue._redis.exists(keys.sequels("embed"))
 
 
+def test_a_dependent_that_rq_left_between_its_two_steps_is_enqueued(left_undone: tuple[EmbedQueue, Job, Job]) -> None:
+    queue, first, second = left_undone
+    Queue("embed", connection=queue._client, serializer=EmbedSerializer).move_dependents_to_ready(first)
+    # The connection broke here, and the same call again finds no dependents.
+    Sequels(queue._client, ["embed"], CallbackThread([])).follow("embed", first.id)
+    assert second.get_status() == "ready_to_enqueue"
+    assert not queue._redis.exists(keys.sequels("embed"))
+    Sequels(queue._client, ["other", "embed"], CallbackThread([])).take_up()
+    assert second.get_status() == "queued"
+    assert queue._redis.lrange(keys.queue("embed"), 0, -1) == [second.id.encode()]
+
+
+def test_a_job_is_canceled_between_rqs_two_steps(left_undone: tuple[EmbedQueue, Job, Job]) -> None:
+    queue, first, second = left_undone
+    theirs = Queue("embed", connection=queue._client, serializer=EmbedSerializer)
+    theirs.move_dependents_to_ready(first)
+    assert queue.cancel(second.id) is True
+    assert theirs.ready_job_registry.count == 0
+    Sequels(queue._client, ["embed"], CallbackThread([])).take_up()
+    assert (second.get_status(), queue.depth()) == ("canceled", 0)
+
+
 def test_what_is_left_undone_is_taken_up_by_one_worker(left_undone: tuple[EmbedQueue, Job, Job]) -> None:
     queue, first, _ = left_undone
     queue._redis.zincrby(keys.sequels("embed"), -sequels.ORPHANED_S, first.id)
