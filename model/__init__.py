@@ -21,6 +21,7 @@ from embedq.model.errors import (
     ModelOptionError,
     ModelSourceError,
     NonFiniteError,
+    OutOfMemoryError,
     TextTooLongError,
     WeightsError,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "ModelSourceError",
     "NonFiniteError",
     "NoopEncoder",
+    "OutOfMemoryError",
     "Output",
     "Precision",
     "SentenceEncoder",

@@ -18,10 +18,10 @@ from typing import Protocol
 import numpy as np
 
 from embedq.model.device import resolve_device
+from embedq.model.device_errors import is_out_of_memory
 from embedq.model.errors import ModelError, ModelOptionError
 from embedq.model.fidelity import Floats, cosines, spearman_on_pairs
 from embedq.model.machine import PeakMemory, describe_machine
-from embedq.model.runtime import is_out_of_memory
 from embedq.model.samples import CORPORA, CorpusName, corpus
 from embedq.model.sentence_encoder import SentenceEncoder
 
@@ -268,7 +268,7 @@ class EncoderBench:
         for encoder.max_batch_tokens, seconds in result.sweep.items():
             try:
                 seconds.append(_seconds(encoder, self.sweep_corpus.texts))
-            except RuntimeError as err:
+            except (RuntimeError, MemoryError) as err:
                 if not is_out_of_memory(err):
                     raise
                 seconds.append(math.inf)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from embedq.model import device as devices
 from embedq.model.budget import Footprint, tokens_that_fit
 from embedq.model.dense import Dense
+from embedq.model.device_errors import device_errors
 from embedq.model.encoder import TokenizedText
 from embedq.model.errors import ModelOptionError, NonFiniteError
 from embedq.model.mpnet import MPNet
@@ -73,17 +75,31 @@ class Embedder:
         return tokens_that_fit(footprint, memory.free, most)
 
     def warm_up(self) -> None:
-        """Lowers `max_batch_tokens` to what is proven to fit the device. Raises DeviceError if no long text does."""
-        with torch.inference_mode():
+        """Lowers `max_batch_tokens` to what is proven to fit the device.
+
+        Raises DeviceError if no long text does, DeviceLostError.
+        """
+        with device_errors(self.runtime), torch.inference_mode():
             self.max_batch_tokens = proven_budget(
                 self.encode_packed, self.runtime, longest=self._longest, num_tokens=self.max_batch_tokens
             )
 
+    def release_memory(self) -> None:
+        """Gives the device what torch holds without using it. Raises DeviceLostError."""
+        with device_errors(self.runtime), self.runtime.scope():
+            self.runtime.release_cache()
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with device_errors(self.runtime), torch.inference_mode(), self.runtime.scope():
+            yield
+
     def vectors(
         self, batch: Sequence[TokenizedText], report: Report = report_nothing, places: Sequence[int] | None = None
     ) -> NDArray[np.float32]:
-        """(n, d) float32 in the batch's order, before normalisation. Raises ModelOptionError, NonFiniteError.
+        """(n, d) float32 in the batch's order, before normalisation.
 
+        Raises ModelOptionError, NonFiniteError, OutOfMemoryError, DeviceLostError.
         places: of each, its text's place in the caller's own list, for errors.
         """
         vectors = np.empty((len(batch), self._vector_dim), dtype=np.float32)
@@ -92,7 +108,7 @@ class Embedder:
             sequences, skipped = [batch[row].ids for row in rows], [batch[row].skipped for row in rows]
             return self.encode_packed(sequences, skipped) if any(skipped) else self.encode_packed(sequences)
 
-        with torch.inference_mode(), self.runtime.scope():
+        with self._computing():
             for rows, part in self._run(batch, encode, report):
                 finite = np.isfinite(part).all(axis=1)
                 if not finite.all():
@@ -110,7 +126,7 @@ class Embedder:
             return self.model(pack([batch[row].ids for row in rows])).float()
 
         lengths = _lengths(batch)
-        with torch.inference_mode(), self.runtime.scope():
+        with self._computing():
             for rows, part in self._run(batch, encode, report):
                 for row, of_text in zip(rows, np.split(part, np.cumsum(lengths[rows])[:-1]), strict=True):
                     if not np.isfinite(of_text).all():
@@ -184,9 +200,10 @@ class Embedder:
         raise NonFiniteError(f"the model's output is not finite: NaN or Inf {where}{hint}", place)
 
     def _where_not_finite(self, ids: NDArray[np.int32]) -> str:
+        num_layers = self.model.config.num_hidden_layers
         for index, hidden in enumerate(self.model.hidden_states(pack([ids]))):
             if not hidden.isfinite().all():
-                return f"first in layer {index} of {len(self.model.layers)}" if index else "already in the embeddings"
+                return f"first in layer {index} of {num_layers}" if index else "already in the embeddings"
         if not self.encode_packed([ids]).isfinite().all():
             return "behind the last layer, in Pooling or Dense"
         return "in this micro-batch, yet not when the text is encoded alone"

@@ -109,10 +109,26 @@ class Encoder(Protocol):
         """
 
     def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
-        """(n, embedding_dim) float32 in the batch's order, before normalisation."""
+        """(n, embedding_dim) float32 in the batch's order, before normalisation.
+
+        Raises NonFiniteError for a vector with NaN or Inf, MemoryError where fewer tokens at a time may fit, and
+        DeviceLostError where no further call can work. After each of the others the next call may be made.
+        """
 
     def encode_states(self, batch: Sequence[TokenizedText]) -> list[NDArray[np.float32]]:
-        """The last hidden state of every token: a (num_tokens, token_dim) float32 for each text, in order."""
+        """The last hidden state of every token: a (num_tokens, token_dim) float32 for each text, in order.
+
+        Raises as `encode_tokens`.
+        """
+
+    def release_memory(self) -> None:
+        """Gives back what is held without being used, once an attempt for which memory ran out is over."""
+
+    def in_float32(self) -> Encoder | None:
+        """The same model with float32 numbers, for texts that come out with NaN or Inf; its vectors are as good.
+
+        None if it computes in float32 itself, or its float32 form cannot be had here. Raises DeviceLostError.
+        """
 
     def postprocess(
         self,

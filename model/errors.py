@@ -12,7 +12,8 @@
     │   └── TextTooLongError      over max_seq_length, and truncation was declined
     ├── NonFiniteError            a text's vector came out with NaN or Inf
     ├── DeviceError               the device or dtype is not available here, or one text is too much for it
-    └── DeviceLostError           nothing runs on the device any more in this process     (retryable)
+    ├── OutOfMemoryError (MemoryError)    fewer tokens at a time may fit                   (retryable)
+    └── DeviceLostError           the device broke: nothing on it works in this process    (retryable)
 
 This tree stands apart from `embedq.producer.errors`: neither package may import the other. The worker
 translates a `ModelError` into a job failure by its `code`.
@@ -84,8 +85,15 @@ class DeviceError(ModelError):
     code = "device_unavailable"
 
 
+class OutOfMemoryError(ModelError, MemoryError):
+    """A MemoryError too, as the host's own is: who has less to encode at a time need not tell them apart."""
+
+    code = "out_of_memory"
+    retryable = True
+
+
 class DeviceLostError(ModelError):
-    """Raised by every call from then on: only a new process gets the device back."""
+    """Every further call would fail as well, whatever the text: only a new process gets the device back."""
 
     code = "device_lost"
     retryable = True

@@ -134,9 +134,17 @@ class MPNet:
     """Weights on one device in one dtype; calls share nothing that changes, so threads may."""
 
     def __init__(
-        self, config: MPNetConfig, checkpoint: Checkpoint, backend: Backend, runtime: Runtime | None = None
+        self,
+        config: MPNetConfig,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        runtime: Runtime | None = None,
+        *,
+        keep_layers: bool = True,
     ) -> None:
         """Raises WeightsError if the checkpoint's tensors are not exactly those of `config`.
+
+        keep_layers: false reads each layer whenever it is needed and lets it go again: slow, in little memory.
 
         Weights that are stored as floats are quantized here if the backend's dtype is int8, all of them; those of a
         quantized checkpoint stay as they are stored, and become floats for another dtype.
@@ -147,8 +155,9 @@ class MPNet:
         self.backend = backend
         self._runtime = runtime or runtime_for(backend.device)
         self._quantizes = backend.dtype == torch.int8 and not checkpoint.is_quantized
+        self._checkpoint = checkpoint
         self._load_embeddings(checkpoint)
-        self.layers = [self._load_layer(checkpoint, index) for index in range(config.num_hidden_layers)]
+        self.layers = list(self._stored_layers()) if keep_layers else []
 
     def _read(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
         """As stored, by their names without `prefix`."""
@@ -170,6 +179,9 @@ class MPNet:
         self._embeddings_norm = self._layer_norm(tensors, "LayerNorm")
         by_bucket = checkpoint.read([RELATIVE_BIAS])[RELATIVE_BIAS].float().to(backend.device)
         self._attention = backend.make_attention(PositionBias.from_buckets(by_bucket, self.config.max_length))
+
+    def _stored_layers(self) -> Iterator[Layer]:
+        return (self._load_layer(self._checkpoint, index) for index in range(self.config.num_hidden_layers))
 
     def _load_layer(self, checkpoint: Checkpoint, index: int) -> Layer:
         # One layer at a time: where weights are converted, only one layer is in memory twice.
@@ -221,7 +233,7 @@ class MPNet:
     def _states(self, placed: Placed) -> Iterator[Tensor]:
         hidden = self._embed(placed)
         yield hidden
-        for layer in self.layers:
+        for layer in self.layers or self._stored_layers():
             hidden = layer(hidden, placed.attend)
             yield hidden
 

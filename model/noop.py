@@ -133,6 +133,12 @@ class NoopEncoder:
         """Unit vectors from a hash of the text and the token's place."""
         return [self._states(text) for text in batch]
 
+    def release_memory(self) -> None:
+        """It holds none."""
+
+    def in_float32(self) -> None:
+        """It is that already."""
+
     def _states(self, text: TokenizedText) -> NDArray[np.float32]:
         head = text.ids[:2].tobytes()
         places = (place.to_bytes(4, "little") for place in range(text.num_tokens))

@@ -9,7 +9,6 @@ be reused as soon as Python lets go of a tensor; a stream of their own would hav
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,6 @@ ALIGNMENT_BYTES = 16
 #: Staging buffers for uploads: the host fills one while the device copies from the other, so it prepares at most
 #: two micro-batches ahead.
 NUM_STAGING_BUFFERS = 2
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +157,6 @@ class CudaRuntime:
 def runtime_for(device: torch.device, *, allow_tf32: bool = False) -> Runtime:
     """`allow_tf32` matters on cuda only."""
     return CudaRuntime(device, allow_tf32=allow_tf32) if device.type == "cuda" else HostRuntime(device)
-
-
-def is_out_of_memory(err: RuntimeError) -> bool:
-    """Whether less work at a time may help."""
-    return isinstance(err, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(err)) is not None
 
 
 class _PinnedBuffer:

@@ -6,6 +6,8 @@ the whole way for everybody else.
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -21,13 +23,14 @@ from embedq.model.backend import choose_backend, dtype_name, resolve_dtype
 from embedq.model.calibration import Calibration, own_calibration, shipped_calibration
 from embedq.model.config import MPNetConfig, read_config
 from embedq.model.dense import Dense
+from embedq.model.device_errors import device_errors
 from embedq.model.embedder import Embedder, report_nothing
 from embedq.model.encoder import ChunkedText, Output, Precision, TokenizedText, TruncationSide
-from embedq.model.errors import ModelFormatError, ModelOptionError
+from embedq.model.errors import DeviceLostError, ModelFormatError, ModelOptionError
 from embedq.model.modules import Modules, read_modules
 from embedq.model.mpnet import MPNet
 from embedq.model.precision import Ranges, check_ranges, postprocess, postprocess_states
-from embedq.model.runtime import runtime_for
+from embedq.model.runtime import Runtime, runtime_for
 from embedq.model.similarity import similarity
 from embedq.model.slices import slices_of, stack
 from embedq.model.tokenizer import CHARS_PER_TOKEN, Tokenizer
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Hex digits of the weights' SHA-256 in a revision.
 REVISION_DIGITS = 12
+
+log = logging.getLogger(__name__)
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -87,19 +92,26 @@ class SentenceEncoder:
         self.device = device
         self._own_calibration = Calibration.read(calibration) if calibration else own_calibration(path)
         modules = read_modules(path)
-        config = read_config(modules.transformer)
+        self._config = config = read_config(modules.transformer)
         self._checkpoint = Checkpoint(modules.transformer)
         self._resolved_revision = revision
         self.dtype = resolve_dtype(dtype, device, is_quantized=self._checkpoint.is_quantized)
         self.backend = choose_backend(device, self.dtype, config, kernels=kernels, attention=attention)
         self._set_up_texts(modules, config)
         self._set_up_vectors(modules, config)
+        self._pooling_modes = modules.pooling_modes
+        self._dense = [Dense(dense, device) for dense in modules.dense]
         runtime = runtime_for(device, allow_tf32=allow_tf32)
-        self._embedder = Embedder(
-            MPNet(config, self._checkpoint, self.backend, runtime),
+        self._embedder = self._make_embedder(
+            MPNet(config, self._checkpoint, self.backend, runtime), runtime, max_batch_tokens
+        )
+
+    def _make_embedder(self, model: MPNet, runtime: Runtime, max_batch_tokens: int | None) -> Embedder:
+        return Embedder(
+            model,
             runtime,
-            modules.pooling_modes,
-            [Dense(dense, device) for dense in modules.dense],
+            self._pooling_modes,
+            self._dense,
             longest=self.max_seq_length,
             max_batch_tokens=max_batch_tokens,
         )
@@ -210,7 +222,10 @@ class SentenceEncoder:
         self._embedder.max_batch_tokens = num_tokens
 
     def warm_up(self) -> None:
-        """Lowers `max_batch_tokens` to what is proven to fit the device. Raises DeviceError if no long text does."""
+        """Lowers `max_batch_tokens` to what is proven to fit the device.
+
+        Raises DeviceError if no long text does, DeviceLostError.
+        """
         self._embedder.warm_up()
 
     @cached_property
@@ -255,16 +270,57 @@ class SentenceEncoder:
         """(n, embedding_dim) float32 in the batch's order, before normalisation.
 
         Computed in micro-batches of at most `max_batch_tokens`, so memory does not grow with the batch.
-        Raises NonFiniteError, so that no vector has NaN or Inf.
+        Raises NonFiniteError, so that no vector has NaN or Inf; OutOfMemoryError, DeviceLostError.
         """
         return self._embedder.vectors(batch)
 
     def encode_states(self, batch: Sequence[TokenizedText]) -> list[NDArray[np.float32]]:
         """The last hidden state of every token: a (num_tokens, token_dim) float32 for each text, in order.
 
-        Raises NonFiniteError.
+        Raises as `encode_tokens`.
         """
         return self._embedder.states(batch)
+
+    def release_memory(self) -> None:
+        """Gives the device what torch holds without using it. Raises DeviceLostError."""
+        self._embedder.release_memory()
+
+    def in_float32(self) -> SentenceEncoder | None:
+        """The same model in float32, loaded on first use and kept: from then on a GPU holds its weights twice.
+
+        None if this one is, or if that could not be loaded, which is not tried again. Raises DeviceLostError.
+        """
+        return self._float32_form
+
+    @cached_property
+    def _float32_form(self) -> SentenceEncoder | None:
+        if self.dtype == torch.float32:
+            return None
+        try:
+            with device_errors(self._embedder.runtime):
+                return self._load_in_float32()
+        except DeviceLostError:
+            raise
+        except Exception as err:
+            log.warning("%s could not be loaded in float32 as well: %s", self.name, type(err).__name__)
+            log.debug("why not", exc_info=err)
+        # Not before the handler has ended: until then the error's traceback holds the tensors.
+        self.release_memory()
+        return None
+
+    def _load_in_float32(self) -> SentenceEncoder:
+        """By torch's own operators, so that it shares no kernel with what failed."""
+        encoder = copy.copy(self)
+        encoder.dtype = torch.float32
+        encoder.backend = choose_backend(self.device, torch.float32, self._config, kernels="torch")
+        runtime = runtime_for(self.device)
+        # A GPU says when its memory is out; the host's system may end the process, so there the weights stay in the
+        # file's pages, which it can drop.
+        keep_layers = self.device.type == "cuda"
+        with runtime.scope():
+            model = MPNet(self._config, self._checkpoint, encoder.backend, runtime, keep_layers=keep_layers)
+        encoder._embedder = self._make_embedder(model, runtime, self.max_batch_tokens)
+        return encoder
 
     def postprocess(
         self,
@@ -329,8 +385,8 @@ class SentenceEncoder:
         place of the calibration's. chunk: a text longer than the model becomes overlapping windows, and its
         vector their mean; `chunk_overlap` is how many tokens they share at least (None: an eighth of a window).
         Beyond the result, memory does not grow with the number of texts.
-        Raises ModelOptionError, NonFiniteError; TextTooLongError if `truncate` is false, or for a text of more than
-        1,024 windows.
+        Raises ModelOptionError, NonFiniteError, OutOfMemoryError, DeviceLostError; TextTooLongError if `truncate` is
+        false, or for a text of more than 1,024 windows.
         """
         texts = [texts] if isinstance(texts, str) else texts
         _check_output(output, chunk, chunk_overlap, ranges)

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from embedq.model.device_errors import is_out_of_memory
 from embedq.model.errors import DeviceError
 from embedq.model.packing import MAX_PADDING_TOKENS
-from embedq.model.runtime import Runtime, is_out_of_memory
+from embedq.model.runtime import Runtime
 
 #: Gives vectors on the device for sequences of token ids, the longest first; they are let go at once.
 Encode = Callable[[Sequence[NDArray[np.int32]]], object]
@@ -50,7 +51,7 @@ def _fits(encode: Encode, runtime: Runtime, longest: int, num_tokens: int) -> bo
             for lengths in _worst_lengths(longest, num_tokens):
                 encode([np.zeros(length, dtype=np.int32) for length in lengths])
             runtime.synchronize()
-    except RuntimeError as err:
+    except (RuntimeError, MemoryError) as err:
         if not is_out_of_memory(err):
             raise
     else:

@@ -34,7 +34,8 @@ url_option = click.option(
     "--url",
     default=DEFAULT_URL,
     show_default=True,
-    help="Redis: redis://, rediss:// or unix://. One with a password belongs into EMBEDQ_URL, not into a command line.",
+    help="Redis: redis://, rediss:// (TLS), unix://, or redis+sentinel://HOST:PORT,.../SERVICE/DB. One with a password"
+    " belongs into EMBEDQ_URL, not into a command line.",
 )
 queue_option = click.option("--queue", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")

@@ -103,10 +103,10 @@ local function claim(queue, id)
   local execution = nonce .. '-' .. num_claimed + 1
   local pair = id .. ':' .. execution
   local record, records = execution_prefix .. pair, executions_prefix .. id
-  -- First what may raise: the key may be of another type.
+  -- First what may raise: the server may be full, or the key of another type.
   local reply = redis.pcall('ZADD', records, keep_until, execution)
-  if type(reply) == 'table' and reply.err then
-    call('DEL', records)
+  if is_error(reply) then
+    drop_other_type(records, reply)
     call('ZADD', records, keep_until, execution)
   end
   num_claimed = num_claimed + 1

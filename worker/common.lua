@@ -94,11 +94,23 @@ local function note_sequel(prefix, queue, id)
   redis.call('ZADD', prefix .. ':embedq:sequels:' .. queue, clock(), id)
 end
 
+local function is_error(reply)
+  return type(reply) == 'table' and reply.err ~= nil
+end
+
+-- Makes room for a key of ours where somebody put one of another type. Only then: a script that has deleted something
+-- may go on writing though the server is full, which it must learn.
+local function drop_other_type(key, reply)
+  if string.find(reply.err, 'WRONGTYPE', 1, true) then
+    redis.call('DEL', key)
+  end
+end
+
 -- Appends an entry {name, value, ...} to a result stream, whatever somebody put under its name.
 local function append_result(stream, entry)
   local reply = redis.pcall('XADD', stream, 'MAXLEN', '~', 10, '*', unpack(entry))
-  if type(reply) == 'table' and reply.err then
-    redis.call('DEL', stream)
+  if is_error(reply) then
+    drop_other_type(stream, reply)
     redis.call('XADD', stream, '*', unpack(entry))
   end
 end

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedq.model import DeviceLostError, Encoder, ModelError, NonFiniteError, TextTooLongError, TokenizedText
+from embedq.model import DeviceLostError, Encoder, NonFiniteError, TokenizedText
 from embedq.model.encoder import CALIBRATED, Output
 from embedq.model.precision import postprocess_states
 from embedq.model.windows import mean_of_windows
@@ -26,6 +26,8 @@ from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import JobFailedError
 from embedq.producer.options import EmbedOptions
 from embedq.producer.wire import EmbedRequest
+from embedq.worker.failures import job_failure
+from embedq.worker.isolation import Isolation
 from embedq.worker.planning import ReadyJob, ReadyTexts
 
 #: Bytes that the vectors of one job with token output may have.
@@ -81,9 +83,9 @@ class Work:
         return self.request.options.output
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """(pieces,) tokens"""
-        return [text.num_tokens for text in self.tokens]
+        return [text.num_tokens for text in self.tokens] if self.request.options.chunk else self.num_tokens
 
     def ready(self, rank: int = 0) -> ReadyJob:
         """As it waits for the encoder; `rank` of its queue, 0 the most urgent."""
@@ -123,7 +125,8 @@ class Work:
         assert self.vectors is not None  # whoever asks has seen that it is done
         if not self.request.options.chunk:
             return self.vectors
-        return mean_of_windows(self.vectors, np.bincount(self.texts, minlength=len(self.num_tokens)).tolist())
+        with np.errstate(over="ignore"):
+            return mean_of_windows(self.vectors, np.bincount(self.texts, minlength=len(self.num_tokens)).tolist())
 
 
 #: One piece of one job, what a micro-batch is made of: the job and the piece's place. Plain, because there is one
@@ -142,6 +145,7 @@ class Engine:
         # An encoder may have found on its device that less fits than was asked for.
         self.max_batch_tokens = min(max_batch_tokens or encoder.max_batch_tokens, encoder.max_batch_tokens)
         self.worker_name = worker_name
+        self.isolation = Isolation(encoder, self._encode, self.max_batch_tokens)
         #: options that this encoder can serve
         self._checked: set[EmbedOptions] = set()
 
@@ -165,7 +169,7 @@ class Engine:
         except JobFailedError:
             raise
         except Exception as err:
-            raise _job_failure(err) from err
+            raise job_failure(err) from err
         work.tokenize_s = time.monotonic() - began_at
         return work
 
@@ -249,15 +253,16 @@ class Engine:
     def encode(self, batch: Sequence[Piece]) -> list[Work]:
         """Encodes one micro-batch, of one kind of output; returns the jobs that are done with it, or failed by it.
 
-        A job's pieces stand together, in their order. Raises DeviceLostError.
+        A job's pieces stand together, in their order. Raises DeviceLostError: then no micro-batch can be encoded in
+        this process any more, and some jobs of this one may already be done.
         """
         pieces = [piece for piece in batch if piece[0].failure is None]
         if not pieces:
             return []
         began_at = time.monotonic()
-        self._encode_isolating(pieces)
-        took_s = time.monotonic() - began_at
         num_tokens = sum([work.tokens[place].num_tokens for work, place in pieces])
+        self.isolation.encode(pieces, num_tokens)
+        took_s = time.monotonic() - began_at
         counts = Counter([work for work, _ in pieces])
         for work, count in counts.items():
             work.encode_s += took_s
@@ -291,7 +296,7 @@ class Engine:
             return
         try:
             together = np.concatenate([work.mean_vectors() for work in works])
-            finished = self._postprocess(together, works[0].request.options)
+            finished = self._finish_vectors(together, works[0].request.options)
         except Exception:
             yield from map(self._finish_one, works)
             return
@@ -303,9 +308,18 @@ class Engine:
 
     def _finish_one(self, work: Work) -> NDArray[np.generic] | JobFailedError:
         try:
-            return self._postprocess(work.mean_vectors(), work.request.options)
+            return self._finish_vectors(work.mean_vectors(), work.request.options)
         except Exception as err:
-            return _job_failure(err)
+            return job_failure(err)
+
+    def _finish_vectors(self, vectors: NDArray[np.float32], options: EmbedOptions) -> NDArray[np.generic]:
+        """Raises NonFiniteError. What was finite is not where a mean or float16 is too small for it."""
+        if options.chunk:
+            _check_finite(vectors)
+        finished = self._postprocess(vectors, options)
+        if options.precision == "float16":
+            _check_finite(finished)
+        return finished
 
     def finish(self, work: Work) -> Embeddings:
         """The job's result. Raises JobFailedError if one of its texts failed."""
@@ -342,67 +356,47 @@ class Engine:
         ready = ReadyTexts(self.max_batch_tokens)
         ready.add([work.ready()])
         while ready and work.failure is None:
-            self.encode(ready.take())
+            try:
+                self.encode(ready.take())
+            except DeviceLostError as err:
+                raise job_failure(err) from err
         return self.finish(work)
 
     def _postprocess(self, vectors: NDArray[np.float32], options: EmbedOptions) -> NDArray[np.generic]:
         postprocess = postprocess_states if options.output == "tokens" else self.encoder.postprocess
-        return postprocess(
-            vectors, normalize=options.normalize, dimensions=options.dimensions, precision=options.precision
-        )
+        with np.errstate(over="ignore"):
+            return postprocess(
+                vectors, normalize=options.normalize, dimensions=options.dimensions, precision=options.precision
+            )
 
-    def _encode_isolating(self, pieces: Sequence[Piece]) -> None:
-        """A batch that raises is halved until the guilty text stands alone."""
-        try:
-            self._encode(pieces)
-            return
-        except DeviceLostError:
-            raise
-        except Exception as err:
-            if len(pieces) == 1:
-                work, place = pieces[0]
-                work.failure = _encode_failure(err, work.texts[place])
-                return
-            logger.warning("a micro-batch of %d texts failed (%s); trying its halves", len(pieces), type(err).__name__)
-        # Not in the handler: the error holds everything that the failed attempt had in memory.
-        middle = len(pieces) // 2
-        self._encode_isolating(pieces[:middle])
-        self._encode_isolating(pieces[middle:])
-
-    def _encode(self, pieces: Sequence[Piece]) -> None:
-        """Fills the jobs' rows, all or none. A job with a vector that is not finite fails."""
+    def _encode(self, pieces: Sequence[Piece], encoder: Encoder) -> None:
+        """Fills the jobs' rows, all or none. Raises NonFiniteError for a row that is not finite."""
         tokens = [work.tokens[place] for work, place in pieces]
         if pieces[0][0].output == "tokens":
-            self._encode_states(pieces, tokens)
+            self._encode_states(pieces, encoder.encode_states(tokens))
             return
-        vectors = self.encoder.encode_tokens(tokens)
-        finite = _finite_rows(vectors)
-        for work, number in Counter([work for work, _ in pieces]).items():
-            if number < len(work.tokens):
+        vectors = encoder.encode_tokens(tokens)
+        _check_finite(vectors)
+        runs = [(work, [place for _, place in run]) for work, run in itertools.groupby(pieces, key=itemgetter(0))]
+        for work, places in runs:
+            if len(places) < len(work.tokens):
                 work.reserve(len(work.tokens), vectors)
         start = 0
-        for work, run in itertools.groupby(pieces, key=itemgetter(0)):
-            places = [place for _, place in run]
+        for work, places in runs:
             end = start + len(places)
-            if finite is not None and not finite[start:end].all():
-                _fail_not_finite(work, places[int(np.argmin(finite[start:end]))])
-            else:
-                work.fill(places, vectors[start:end])
+            work.fill(places, vectors[start:end])
             start = end
 
-    def _encode_states(self, pieces: Sequence[Piece], tokens: Sequence[TokenizedText]) -> None:
-        all_states = self.encoder.encode_states(tokens)
+    def _encode_states(self, pieces: Sequence[Piece], all_states: Sequence[NDArray[np.float32]]) -> None:
         finished = [
             self._postprocess(states, work.request.options)
             for (work, _), states in zip(pieces, all_states, strict=True)
         ]
-        for (work, _), states in zip(pieces, finished, strict=True):
+        for index, ((work, _), states) in enumerate(zip(pieces, finished, strict=True)):
+            _check_finite(states, index)
             work.reserve(sum(work.num_tokens), states)
         for (work, place), states in zip(pieces, finished, strict=True):
-            if np.isfinite(states).all():
-                work.fill_states(place, states)
-            else:
-                _fail_not_finite(work, place)
+            work.fill_states(place, states)
 
 
 def _grouped(options: Sequence[EmbedOptions]) -> Iterator[list[int]]:
@@ -418,31 +412,12 @@ def _rounded(seconds: float) -> float:
     return round(seconds, 5)
 
 
-def _finite_rows(vectors: NDArray[np.float32]) -> NDArray[np.bool_] | None:
-    """(n,) which rows are finite; None where all are, which one sum shows unless it overflows."""
+def _check_finite(rows: NDArray[np.generic], text: int | None = None) -> None:
+    """Raises NonFiniteError of the first row with NaN or Inf; of `text` where all rows are one's."""
+    # One sum shows it, unless that overflows.
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(vectors.sum()):
-            return None
-    return np.asarray(np.isfinite(vectors).all(axis=1))
-
-
-def _fail_not_finite(work: Work, place: int) -> None:
-    index = work.texts[place]
-    message = f"text {index}: the model's output is not finite"
-    work.failure = JobFailedError(message, code="non_finite", text_index=index)
-
-
-def _job_failure(err: Exception) -> JobFailedError:
-    if isinstance(err, ModelError):
-        index = err.text_index if isinstance(err, TextTooLongError) else None
-        return JobFailedError(str(err), code=err.code, retryable=err.retryable, text_index=index)
-    logger.error("the encoder failed on a job", exc_info=err)
-    return JobFailedError(f"{type(err).__name__}: {err}", code="internal", retryable=True)
-
-
-def _encode_failure(err: Exception, index: int) -> JobFailedError:
-    """Retryable, but for NaN and Inf: the text alone may pass another day; out of memory is the usual reason."""
-    if isinstance(err, NonFiniteError):
-        return JobFailedError(f"text {index}: {err.reason}", code=err.code, text_index=index)
-    message = f"text {index} could not be encoded: {type(err).__name__}: {err}"
-    return JobFailedError(message, code="encode_failed", retryable=True, text_index=index)
+        if np.isfinite(rows.sum()):
+            return
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise NonFiniteError("the model's output is not finite", int(np.argmin(finite)) if text is None else text)

@@ -15,10 +15,12 @@ for i = #ARGV - 2, 3, -3 do
     clear_way_for_end(prefix, queue)
     is_clear[queue] = true
   end
-  if holds(prefix, queue, id, execution) then
+  local is_held = holds(prefix, queue, id, execution)
+  -- First, since a full server refuses a script that begins with a write which may take memory, and no other.
+  end_execution(prefix, queue, id, execution, worker)
+  if is_held then
     put_back(prefix, queue, id, 'LPUSH')
     released = released + 1
   end
-  end_execution(prefix, queue, id, execution, worker)
 end
 return released

@@ -12,6 +12,8 @@
 
 local prefix, worker, now, lease = ARGV[1], ARGV[2], timestamp(), tonumber(ARGV[3])
 local ends, keep = clock() + lease, math.ceil(lease) + 3600
+-- First, since a full server refuses a script that begins with a write which may take memory, and no other.
+redis.call('EXPIRE', KEYS[2], keep)
 clear_way('hash', KEYS[1])
 clear_way('set', KEYS[2])
 -- Not EXISTS: a state or heartbeat written since would count as a hash.
@@ -36,7 +38,6 @@ for i = 5, #ARGV, 3 do
     replies[#replies + 1] = (i - 2) / 3
   end
 end
-redis.call('EXPIRE', KEYS[2], keep)
 if replies[1] == 1 then
   redis.call('HSET', KEYS[1], 'last_heartbeat', now)
   redis.call('EXPIRE', KEYS[1], ARGV[4])

@@ -40,6 +40,16 @@ def last_states(model: MPNet, sequences: list[NDArray[np.int32]]) -> list[torch.
         return list(model(pack(sequences)).float().split([len(sequence) for sequence in sequences]))
 
 
+def test_a_model_that_keeps_no_layers_gives_the_same(tiny_folder: Path) -> None:
+    config = read_config(tiny_folder)
+    backend = choose_backend(CPU, torch.float32, config)
+    frugal = MPNet(config, Checkpoint(tiny_folder), backend, keep_layers=False)
+    sequences = random_sequences([30, 9, 1])
+    for _ in range(2):
+        for ours, theirs in zip(last_states(frugal, sequences), last_states(load(tiny_folder), sequences), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=HIDDEN_TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("num_buckets", [8, 20, 32, 64])
 def test_buckets_are_transformers_for_every_offset(num_buckets: int) -> None:
     offsets = torch.arange(-600, 601)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from embedq.model import SentenceEncoder, TokenizedText, runtime
-from embedq.model.runtime import CudaRuntime, HostRuntime, Memory, is_out_of_memory, runtime_for
+from embedq.model.runtime import CudaRuntime, HostRuntime, Memory, runtime_for
 
 CPU = torch.device("cpu")
 
@@ -263,17 +263,3 @@ def test_the_cpu_shares_the_hosts_memory() -> None:
         assert host.memory() is None
     assert tensor.data_ptr() == array.ctypes.data
     assert host.download(tensor)().tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("err", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("MPS backend out of memory"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("CUDA error: device-side assert triggered"), False),
-    ],
-)
-def test_out_of_memory_is_told_from_other_errors(err: RuntimeError, expected: bool) -> None:
-    assert is_out_of_memory(err) is expected

@@ -238,12 +238,12 @@ def test_a_window_that_cannot_be_encoded_names_its_text() -> None:
     class NoWindows(NoopEncoder):
         def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
             if any(text.num_tokens == 384 for text in batch):
-                raise MemoryError("too long")
+                raise MemoryError
             return super().encode_tokens(batch)
 
-    with pytest.raises(JobFailedError, match="text 1 could not be encoded: MemoryError") as caught:
+    with pytest.raises(JobFailedError, match="text 1: the worker has not enough memory") as caught:
         Engine(NoWindows(8)).run(request("short", "word " * 1000, chunk=True))
-    assert caught.value.text_index == 1
+    assert (caught.value.code, caught.value.text_index, caught.value.retryable) == ("out_of_memory", 1, True)
 
 
 def test_a_text_of_too_many_windows_fails_its_job_by_index() -> None:
