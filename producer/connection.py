@@ -39,15 +39,18 @@ DEFAULT_URL = "redis://localhost:6379/0"
 CONNECT_TIMEOUT_S = 5.0
 SOCKET_TIMEOUT_S = 30.0
 #: How Redis says that it cannot serve at the moment: as an error of its own class, or from inside a script of ours
-#: as text, in which some releases leave out the code.
+#: as text, in which some releases leave out the code. WRONGTYPE: somebody put another kind of key under a name of
+#: RQ's, which the next script clears away.
 _PASSING_ERRORS = (redis.ReadOnlyError, redis.OutOfMemoryError, redis.exceptions.MasterDownError)
 _PASSING_REPLIES = re.compile(
-    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED|NOSCRIPT)\b"
+    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED|NOSCRIPT|WRONGTYPE)\b"
     r"|read only replica|when used memory > 'maxmemory'"
 )
 _FULL = re.compile(r"\bOOM\b|when used memory > 'maxmemory'")
 #: How redis-py says that the other side ended a connection which it had accepted.
 _HUNG_UP = re.compile(r"Connection closed|reset by peer|Broken pipe|EOF occurred")
+#: How a script says what its user may not do.
+_DENIED = re.compile(r"NOPERM|The user executing the script can't (?:run|access)|ACL failure in script")
 #: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing more when they are sent twice.
 RETRIES = 2
 BACKOFF = ExponentialBackoff(cap=0.5, base=0.05)
@@ -206,7 +209,9 @@ def closed() -> QueueConnectionError:
 
 def translate(err: redis.RedisError, place: str) -> EmbedqError:
     reason = " ".join(str(err).split())
-    if isinstance(err, (redis.AuthenticationError, redis.exceptions.NoPermissionError)) or "NOAUTH" in reason:
+    if isinstance(err, redis.exceptions.NoPermissionError) or _DENIED.search(reason):
+        return QueueAccessError(f"Redis at {place} does not permit this to its user ({reason}); see users.acl")
+    if isinstance(err, redis.AuthenticationError) or "NOAUTH" in reason:
         return QueueAccessError(
             f"Redis at {place} refuses these credentials ({reason}); put them into the URL: redis://USER:PASSWORD@HOST"
         )

@@ -19,6 +19,7 @@ from embedq.model import DeviceLostError, ModelError
 from embedq.model.bench_cli import bench_group
 from embedq.model.cli import model_group
 from embedq.producer import cli as client
+from embedq.producer.checks import printable
 from embedq.producer.client import DEFAULT_QUEUE, check_queue_name
 from embedq.producer.connection import connect, translated_errors
 from embedq.producer.errors import (
@@ -31,7 +32,7 @@ from embedq.producer.errors import (
     QueueServerError,
     ResultTimeoutError,
 )
-from embedq.worker import logs
+from embedq.worker import logs, processes
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 from embedq.worker.startup import leaving_at_once, until_served
 
@@ -67,7 +68,7 @@ class ErrorLine(click.ClickException):
     """An error as click shows it: one line, and an exit status."""
 
     def __init__(self, message: str, status: int) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
         self._status = status
 
     @property
@@ -118,7 +119,8 @@ class ErrorGroup(click.Group):
 @click.group(cls=ErrorGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="embedq", message="embedq %(version)s")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
-def main(debug: bool) -> None:
+@click.pass_context
+def main(context: click.Context, debug: bool) -> None:
     """Text embeddings over a Redis queue.
 
     Put texts on a queue, let workers drain it in micro-batches, fetch the vectors by job id. Each option has an
@@ -129,6 +131,7 @@ def main(debug: bool) -> None:
     At home: embedq up            then  embedq embed "a text" --url URL
     A fleet: embedq worker --url redis://...
     """
+    processes.retitle(context.invoked_subcommand or "")
     logs.configure("text", logging.DEBUG if debug else logging.INFO)
 
 
@@ -257,6 +260,7 @@ def worker(
         logs.configure(checked.log_format, logging.DEBUG if context.find_root().params.get("debug") else logging.INFO)
         connection = connect(url)
         names = [check_queue_name(queue) for queue in queues or [DEFAULT_QUEUE]]
+        processes.retitle(f"worker {printable(' '.join(names))}")
         name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
 
         def make() -> EmbedWorker:

@@ -104,6 +104,10 @@ class QueueWaiter:
         del self._waiting[key]
         try:
             return connection.read_response() is not None
+        except redis.ResponseError as err:
+            if "WRONGTYPE" not in str(err):
+                raise
+            return True  # something else under the queue's name: the claim clears the way
         except BaseException:
             connection.disconnect()
             raise

@@ -23,6 +23,7 @@ from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.exceptions import StopRequested
 from rq.logutils import setup_loghandlers
 from rq.rate_limit import RateLimitRegistry
+from rq.registry import ReadyJobRegistry
 from rq.utils import now
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
@@ -35,6 +36,7 @@ from embedq.worker.commands import CommandHandler, survive
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
+from embedq.worker.foreign_jobs import ForeignJob
 from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.memory import keep_freed_memory, rare_collections
@@ -403,7 +405,9 @@ class EmbedWorker(SimpleWorker):
             if queue.acquire_maintenance_lock():
                 queue.finished_job_registry.cleanup()
                 queue.failed_job_registry.cleanup()
-                queue.ready_job_registry.cleanup()
+                ReadyJobRegistry(
+                    queue.name, queue.connection, job_class=ForeignJob, serializer=EmbedSerializer
+                ).cleanup()
                 for rate_limit in RateLimitRegistry.all(queue.connection):
                     rate_limit.cleanup()
                 worker_registration.clean_worker_registry(queue)

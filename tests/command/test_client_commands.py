@@ -116,7 +116,8 @@ def test_token_output_goes_into_every_format_that_can_hold_it(
 def test_options_of_chunking_and_bytes_reach_the_job(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
     embedq.environment |= {"EMBEDQ_CHUNK_OVERLAP": "50", "EMBEDQ_PRECISION": "uint8"}
     job_id = embedq("enqueue", "--chunk", "word " * 1000).stdout.strip()
-    assert b"chunk_overlap" in wire._decompress(queue._redis.hget(keys.job(job_id), "data"))
+    data = queue._redis.hget(keys.job(job_id), "data")
+    assert b"chunk_overlap" in wire.inflate(data, wire.MAX_REQUEST_BYTES)
     drain()
     document = json.loads(embedq("result", job_id, "--format", "json").stdout)
     assert (document["num_tokens"], document["truncated"], document["calibration"]) == ([1002], [False], "unit")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedq.worker.budget import MAX_PATIENCE, PATIENCE, MemoryBudget
@@ -19,6 +19,7 @@ def used(full: int, history: Attempts) -> MemoryBudget:
     return budget
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20_000), attempts)
 def test_the_limit_lies_between_one_token_and_all(full: int, history: Attempts) -> None:
     budget = MemoryBudget(full)
@@ -35,6 +36,7 @@ def test_the_limit_lies_between_one_token_and_all(full: int, history: Attempts) 
         assert budget.is_whole == (budget.limit == full)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20_000), attempts)
 def test_it_is_whole_again_whatever_happened_once_enough_went_well(full: int, history: Attempts) -> None:
     budget = used(full, history)
@@ -43,6 +45,7 @@ def test_it_is_whole_again_whatever_happened_once_enough_went_well(full: int, hi
     assert budget.is_whole
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20_000), st.lists(st.integers(2, 40_000), max_size=20), st.integers(0, 15))
 def test_what_one_text_alone_was_guilty_of_costs_the_others_nothing(full: int, lacks: list[int], rises: int) -> None:
     """Nor does it make up for a lack from before: what had risen again by then is what is left."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -77,6 +77,7 @@ def encode_together(engine: Engine, works: Sequence[Work]) -> list[Work]:
 texts = st.one_of(st.sampled_from([HUNGRY, NAN, BROKEN]), st.text("abc", min_size=1, max_size=5), st.just("two words"))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(texts, min_size=1, max_size=6), min_size=1, max_size=8),
     st.integers(1, 60),
