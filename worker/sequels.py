@@ -88,9 +88,7 @@ class Sequels:
         for place, job_id in zip(found[::2], found[1::2], strict=True):
             self.follow_all(self._queues[place - 1], [job_id.decode(errors="replace")])
         for name in self._queues:
-            with errors_logged(f"jobs of queue {name} whose dependencies are met"):
-                # RQ puts them here first, and onto their queue in a second step, which may have come to nothing.
-                self._queue(name).ready_job_registry.cleanup()
+            self._enqueue_ready(name)
 
     def report(self, job_id: str, reason: bytes) -> None:
         """RQ's exception handlers, for each attempt that failed; `reason` as RQ stores it."""
@@ -116,6 +114,18 @@ class Sequels:
             logger.warning("job %s has more than %d dependents; they stay deferred", job.id, MAX_DEPENDENTS)
             return
         self._queue(queue_name).enqueue_dependents(job)
+
+    def _enqueue_ready(self, queue_name: str) -> None:
+        """RQ puts a dependent into this registry first and onto its queue in a second step. If that came to nothing,
+        the same call again finds no dependents.
+        """
+        registry = self._queue(queue_name).ready_job_registry
+        job_ids: list[Any] = []
+        with errors_logged(f"the jobs of queue {queue_name} that depend on nothing any more"):
+            job_ids = list(self._client.zrange(registry.key, 0, ORPHANS - 1))
+        for job_id in job_ids:
+            with errors_logged("what a job waited for"):
+                registry.enqueue_jobs([job_id.decode(errors="replace")])
 
     def _queue(self, name: str) -> Queue:
         return Queue(name, connection=self._client, serializer=EmbedSerializer, job_class=ForeignJob)

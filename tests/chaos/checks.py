@@ -248,11 +248,15 @@ def check_at_rest(places: Places) -> Iterator[Violation]:
 
 
 def check_recoveries(recoveries: Iterable[Recovery]) -> Iterator[Violation]:
-    """Where Redis was there and a worker to take them, a killed worker's jobs are in other hands in time."""
+    """A killed worker's jobs are taken back in time where Redis was there and a worker to do it; and are in other hands
+    in time where nobody else died meanwhile.
+    """
     for recovery in recoveries:
-        if recovery.is_undisturbed and recovery.took_s is not None and recovery.took_s >= RECOVERY_LIMIT_S:
-            what = f"{recovery.num_jobs} of its jobs took {recovery.took_s:.1f} s, the last {recovery.latest}"
-            yield Violation("slow", recovery.worker, what)
+        who, last = f"its {recovery.num_jobs} jobs", f"the last {recovery.latest}"
+        if recovery.is_undisturbed and (recovery.back_s or 0) >= RECOVERY_LIMIT_S:
+            yield Violation("slow", recovery.worker, f"{who} were taken back after {recovery.back_s:.1f} s, {last}")
+        elif recovery.is_calm and (recovery.took_s or 0) >= RECOVERY_LIMIT_S:
+            yield Violation("slow", recovery.worker, f"{who} were claimed again after {recovery.took_s:.1f} s, {last}")
 
 
 def count_kinds(violations: Iterable[Violation]) -> Counter[str]:

@@ -1,6 +1,7 @@
-"""How long the jobs of a killed worker wait until somebody has them in hand again. A thread of its own.
+"""How long the jobs of a killed worker wait until they are taken back, and until somebody has them in hand again.
 
-Follows the executions that a worker held when it died, until each of its jobs is another execution's or has ended.
+Follows the executions that a worker held when it died, until each of its jobs is another execution's or has ended. A
+thread of its own.
 """
 
 from __future__ import annotations
@@ -33,22 +34,28 @@ class Recovery:
 
     worker: str
     killed_at: float
-    #: `job:execution` pairs that are still the dead worker's; None before they were read
+    #: `job:execution` pairs whose jobs are in no other hands yet; None before they were read
     pairs: set[str] | None = None
     num_jobs: int = 0
-    #: seconds until the last of them was claimed again
+    #: seconds until the last of them was taken back, and until the last was claimed again
+    back_s: float | None = None
     took_s: float | None = None
-    #: whether it waited for nothing but the lease: Redis was there, and a live worker
+    #: until it was taken back Redis was there, and some worker: it waited for nothing but the lease
     is_undisturbed: bool = False
+    #: until it was claimed again nobody else died either, so that no other jobs stood before it
+    is_calm: bool = False
     latest: str = ""
 
 
 @dataclass(slots=True)
 class Recoveries:
-    """A context manager. `is_undisturbed(from, to)`: whether Redis and some worker lived all the time."""
+    """A context manager. Between two moments, `is_undisturbed`: Redis and some worker were there; `is_calm`: and nobody
+    died.
+    """
 
     client: redis.Redis
     is_undisturbed: Callable[[float, float], bool]
+    is_calm: Callable[[float, float], bool]
     queue: str = DEFAULT_QUEUE
     done: list[Recovery] = field(default_factory=list)
     _open: list[Recovery] = field(default_factory=list)
@@ -83,26 +90,26 @@ class Recoveries:
             held = ask.smembers(keys.worker_executions(recovery.worker))
             recovery.pairs = set(sorted(pair.decode() for pair in held)[:MAX_FOLLOWED])
             recovery.num_jobs = len(recovery.pairs)
-        recovery.pairs -= self._recovered(recovery.pairs)
+        leases, statuses = self._look(sorted(recovery.pairs))
+        if recovery.back_s is None and not any(leases.values()):
+            recovery.back_s = now - recovery.killed_at
+            recovery.is_undisturbed = self.is_undisturbed(recovery.killed_at, now)
+        recovery.pairs = {pair for pair, status in statuses.items() if leases[pair] or status == b"queued"}
         if recovery.pairs and now < recovery.killed_at + GIVE_UP_S:
             recovery.latest = min(recovery.pairs)
             return
         self._open.remove(recovery)
         if recovery.num_jobs:
             recovery.took_s = now - recovery.killed_at
-            recovery.is_undisturbed = self.is_undisturbed(recovery.killed_at, now)
+            recovery.is_calm = self.is_calm(recovery.killed_at, now)
             self.done.append(recovery)
 
-    def _recovered(self, pairs: set[str]) -> set[str]:
-        """Those of the pairs whose job is in other hands, or has ended."""
-        ordered = sorted(pairs)
+    def _look(self, pairs: list[str]) -> tuple[dict[str, bool], dict[str, bytes | None]]:
+        """Of each pair whether it is still leased, and its job's status."""
         ask: Any = self.client.pipeline(transaction=False)
-        for pair in ordered:
+        for pair in pairs:
             ask.zscore(keys.started(self.queue), pair)
             ask.hget(keys.job(pair.rpartition(":")[0]), "status")
-        replies = iter(ask.execute())
-        return {pair for pair in ordered if _is_recovered(next(replies), next(replies))}
-
-
-def _is_recovered(lease: float | None, status: bytes | None) -> bool:
-    return lease is None and status != b"queued"
+        replies = ask.execute()
+        leases = [score is not None for score in replies[::2]]
+        return dict(zip(pairs, leases, strict=True)), dict(zip(pairs, replies[1::2], strict=True))

@@ -38,13 +38,19 @@ class Findings:
 
 
 def _recovery_rows(recoveries: Sequence[Recovery]) -> Iterator[tuple[str, str]]:
-    for name, some in (
-        ("all", recoveries),
-        ("Redis and another worker alive meanwhile", [r for r in recoveries if r.is_undisturbed]),
-    ):
-        times = [recovery.took_s for recovery in some if recovery.took_s is not None]
-        told = f"median {statistics.median(times):.1f} s, longest {max(times):.1f} s" if times else "none"
-        yield f"a killed worker's jobs in other hands ({len(times)} kills, {name})", told
+    back, claimed = "a killed worker's jobs taken back", "claimed by another worker"
+    undisturbed = [each.back_s for each in recoveries if each.is_undisturbed]
+    yield f"{back}, Redis and a worker alive", _times(undisturbed)
+    yield f"{back}, all", _times([each.back_s for each in recoveries])
+    yield f"{claimed}, nobody else dead meanwhile", _times([each.took_s for each in recoveries if each.is_calm])
+    yield f"{claimed}, all", _times([each.took_s for each in recoveries])
+
+
+def _times(seconds: Sequence[float | None]) -> str:
+    known = [each for each in seconds if each is not None]
+    if not known:
+        return "none"
+    return f"median {statistics.median(known):.1f} s, longest {max(known):.1f} s, of {len(known)} kills"
 
 
 def rows(findings: Findings) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ Knows the order of things; what is done is in `world`, what must hold in `checks
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import itertools
@@ -94,8 +95,10 @@ class Run:
         self._order = itertools.count()
 
     def findings(self) -> Findings:
-        with World(self._plan, self._folder) as world, Recoveries(world.direct, world.is_undisturbed) as recoveries:
-            self._world, self._recoveries = world, recoveries
+        with contextlib.ExitStack() as stack:
+            world = self._world = stack.enter_context(World(self._plan, self._folder))
+            following = Recoveries(world.direct, world.is_undisturbed, world.is_calm)
+            recoveries = self._recoveries = stack.enter_context(following)
             ledger = Ledger(self._plan)
             journals = [JournalReader(world.journal_of(producer)) for producer in self._plan.producers]
             audit = Audit(world.direct, ledger, journals, world.deaths)

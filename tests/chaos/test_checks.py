@@ -284,9 +284,15 @@ def test_a_result_of_another_kind_than_the_status_is_wrong() -> None:
 
 
 def test_a_recovery_is_slow_only_where_nothing_else_was_in_its_way() -> None:
-    slow = Recovery("w0-1", 0.0, num_jobs=3, took_s=11.0, is_undisturbed=True)
-    others = [dataclasses.replace(slow, is_undisturbed=False), dataclasses.replace(slow, took_s=9.0)]
-    assert [each.kind for each in check_recoveries([slow, *others])] == ["slow"]
+    slow = Recovery("w0-1", 0.0, num_jobs=3, back_s=11.0, took_s=12.0, is_undisturbed=True, is_calm=True)
+    claimed_late = dataclasses.replace(slow, back_s=6.0)
+    others = [
+        dataclasses.replace(slow, is_undisturbed=False, is_calm=False),
+        dataclasses.replace(claimed_late, is_calm=False),
+        dataclasses.replace(slow, back_s=6.0, took_s=9.0),
+    ]
+    assert [each.kind for each in check_recoveries([slow, claimed_late])] == ["slow", "slow"]
+    assert list(check_recoveries(others)) == []
 
 
 def test_a_worker_that_ends_by_itself_is_told_of(tmp_path: Path) -> None:
@@ -324,13 +330,15 @@ def test_a_recovery_is_over_when_the_last_job_is_in_other_hands(scene: Scene) ->
     dead, alive = ClaimStore(scene.redis, "dead", 1.0), ClaimStore(scene.redis, "alive", 60.0)
     held = dead.claim(["embed"], NUM_JOBS, 1_000_000).claims
     dead.publish([Outcome.failed(held[0], JobFailedError("?"))])
-    with Recoveries(scene.redis, lambda *_: True) as recoveries:
+    with Recoveries(scene.redis, lambda *_: True, lambda *_: False) as recoveries:
         recoveries.killed("dead")
         until(lambda: alive.recover("embed").retried == NUM_JOBS - 1)
         assert recoveries.done == []
         alive.claim(["embed"], NUM_JOBS, 1_000_000)
         until(lambda: recoveries.done)
     [recovery] = recoveries.done
-    assert (recovery.worker, recovery.num_jobs, recovery.is_undisturbed) == ("dead", NUM_JOBS - 1, True)
+    assert (recovery.worker, recovery.num_jobs) == ("dead", NUM_JOBS - 1)
+    assert (recovery.is_undisturbed, recovery.is_calm) == (True, False)
+    assert recovery.back_s is not None
     assert recovery.took_s is not None
-    assert recovery.took_s > 0.5
+    assert 0.5 < recovery.back_s <= recovery.took_s

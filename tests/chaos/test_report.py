@@ -31,8 +31,8 @@ class FakeRun:
         account = ledger.accounts["sync0-10"] = Account("sync0-10", 1.0, acked_at=1.0, attempts=2)
         ledger.settle(account, "finished 00", 2.0, ["1-0"], 60)
         recoveries = [
-            Recovery("w0-1", 0.0, num_jobs=3, took_s=6.5, is_undisturbed=True),
-            Recovery("w1-1", 0.0, num_jobs=3, took_s=14.0),
+            Recovery("w0-1", 0.0, num_jobs=3, back_s=5.5, took_s=6.5, is_undisturbed=True, is_calm=True),
+            Recovery("w1-1", 0.0, num_jobs=3, back_s=7.5, took_s=14.0),
         ]
         events = Counter(kill_worker=2, kill_redis=1)
         return Findings(self._plan, ledger, self.violations, recoveries, events, {-9: 2, 0: 1}, 3.0, "7.0.15")
@@ -54,8 +54,10 @@ def test_a_run_without_violations_writes_its_table_and_leaves_no_logs(run: type[
     text = report.read_text()
     assert "| jobs accepted | 1 |" in text
     assert "| jobs tried more than once, attempts beyond the first | 1, 2 |" in text
-    assert "(2 kills, all) | median 10.2 s, longest 14.0 s |" in text
-    assert "(1 kills, Redis and another worker alive meanwhile) | median 6.5 s, longest 6.5 s |" in text
+    assert "taken back, Redis and a worker alive | median 5.5 s, longest 5.5 s, of 1 kills |" in text
+    assert "taken back, all | median 6.5 s, longest 7.5 s, of 2 kills |" in text
+    assert "another worker, nobody else dead meanwhile | median 6.5 s, longest 6.5 s, of 1 kills |" in text
+    assert "another worker, all | median 10.2 s, longest 14.0 s, of 2 kills |" in text
     assert "| workers' exits, number x status | 2 x -9, 1 x 0 |" in text
     assert "| **lost** | **0** |" in text
     assert "seed 7, 60 s" in text

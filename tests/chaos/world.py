@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESTART_S = 0.3
 #: Seconds of a worker's life before which it is neither killed nor counts as one that can take over others' jobs.
 GROWN_UP_S = 2.0
+#: Seconds within which a killed worker's own end is noticed.
+OWN_DEATH_S = 0.5
 #: What a worker says once it is.
 AT_WORK = b" serves "
 #: Tokens of a micro-batch: so few that several are under way.
@@ -173,6 +175,11 @@ class World:
 
     def is_undisturbed(self, first: float, last: float) -> bool:
         return not (self.redis_away.meet(first, last) or self.nobody_able.meet(first, last))
+
+    def is_calm(self, first: float, last: float) -> bool:
+        """The same, and no other worker died than the one whose end began it."""
+        others = (moment for moment in self._death_times if first + OWN_DEATH_S < moment <= last)
+        return self.is_undisturbed(first, last) and not any(others)
 
     def note(self, what: str, **more: Any) -> None:
         with (self.folder / "events.jsonl").open("a") as log:
