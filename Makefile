@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 DEPENDENCIES := pyproject.toml constraints.txt $(wildcard model/kernels/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint types bench clean
+.PHONY: help install run test lint types bench audit clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ types: $(VENV)/.dev build/typing ## mypy --strict
 bench: $(VENV)/.dev ## throughput of queue and encoder, side by side with their peers; ROUNDS=5
 	@$(VENV)/bin/python -m tests.bench.run --rounds $(ROUNDS)
 
+audit: $(VENV)/.audit ## known vulnerabilities of what is pinned (pip-audit), risky code of ours (bandit)
+	@$(VENV)/bin/bandit --quiet --configfile pyproject.toml --recursive producer worker model
+	@echo "bandit: every finding is answered; asking for known vulnerabilities ..."
+	@$(VENV)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt || { \
+		echo "pip-audit: NOT clean: a vulnerability stands above, or its database was not reached or lacks a package."; exit 1; }
+
 clean: ## remove .venv and all that was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -48,6 +54,11 @@ $(VENV)/.dev: $(VENV)/bin/python $(DEPENDENCIES)
 	@echo "installing embedq and its development tools into $(VENV) ..."
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.audit: $(VENV)/.dev
+	@echo "installing bandit and pip-audit into $(VENV) ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[audit]'
+	@touch $@
 
 # The folders are packages under one namespace, which type checkers find by these links alone.
 build/typing:

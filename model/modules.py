@@ -15,9 +15,10 @@ from embedq.model.errors import ModelFormatError
 from embedq.model.folder import read_json, read_json_object, read_optional_json_object, require
 from embedq.model.similarity import DEFAULT_SIMILARITY, SIMILARITY_FUNCTIONS
 
-#: The names `Pooling` gives its modes, in the order it concatenates them under old configs, by the old switches.
+#: The names `Pooling` gives its modes, in the order it concatenates them under old configs, by the old switches (whose
+#: tokens are those of a text, no passwords).
 LEGACY_POOLING_SWITCHES = {
-    "pooling_mode_cls_token": "cls",
+    "pooling_mode_cls_token": "cls",  # nosec B105
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",

@@ -285,7 +285,7 @@ def _pauses(timeout_s: float) -> Iterator[float]:
     deadline = time.monotonic() + timeout_s
     longest = FIRST_PAUSE_S
     while (left := deadline - time.monotonic()) > 0:
-        yield min(left, longest * random.uniform(0.5, 1))
+        yield min(left, longest * random.uniform(0.5, 1))  # nosec B311
         longest = min(2 * longest, LONGEST_PAUSE_S)
 
 

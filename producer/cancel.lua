@@ -17,9 +17,33 @@ local function tell(worker, id)
   redis.pcall('PUBLISH', prefix .. ':pubsub:' .. worker, cjson.encode({command = 'embedq-cancel', job_id = id}))
 end
 
+-- Without the right to the workers' records (see users.acl) they are left to the worker, which the job's hash names: it
+-- holds the job no longer, as that is canceled, and strikes them off when it renews or publishes.
+local function end_executions(id, queue, worker_name)
+  local records, wip = prefix .. ':executions:' .. id, wip_key(prefix, queue)
+  clear_way('zset', records)
+  clear_way('zset', wip)
+  local executions = redis.pcall('ZRANGE', records, 0, -1)
+  if executions.err then
+    if (worker_name or '') ~= '' then
+      tell(worker_name, id)
+    end
+    return
+  end
+  for _, execution in ipairs(executions) do
+    local worker = redis.pcall('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name')
+    worker = type(worker) == 'string' and worker or ''
+    end_execution(prefix, queue, id, execution, worker)
+    tell(worker, id)
+  end
+end
+
 local function cancel(id)
   local key, stream = prefix .. ':job:' .. id, prefix .. ':results:' .. id
-  local fields = redis.call('HMGET', key, 'status', 'origin', 'failure_ttl', 'embedq_change')
+  local fields = redis.pcall('HMGET', key, 'status', 'origin', 'failure_ttl', 'embedq_change', 'worker_name')
+  if fields.err then
+    return false -- something else stands there
+  end
   local status, queue = fields[1], fields[2]
   local ttl = seconds(fields[3], default_ttl)
   if not status or not queue then
@@ -33,19 +57,21 @@ local function cancel(id)
     return status
   end
 
+  clear_way('list', prefix .. ':queue:' .. queue)
+  clear_way('stream', stream)
+  for _, registry in ipairs({':scheduled:', ':deferred:', ':canceled:'}) do
+    clear_way('zset', prefix .. registry .. queue)
+  end
   -- First what a server without memory refuses, so that it refuses before anything has changed.
   redis.call('HSET', key, 'status', 'canceled', 'ended_at', timestamp(), 'embedq_change', nonce .. ' ' .. status)
   redis.call('XADD', stream, 'MAXLEN', '~', 10, '*', 'type', 3, 'worker_name', '')
   if status == 'queued' then
     redis.call('LREM', prefix .. ':queue:' .. queue, 1, id)
+  elseif status == 'started' then
+    end_executions(id, queue, fields[5])
   end
   redis.call('ZREM', prefix .. ':scheduled:' .. queue, id)
   redis.call('ZREM', prefix .. ':deferred:' .. queue, id)
-  for _, execution in ipairs(redis.call('ZRANGE', prefix .. ':executions:' .. id, 0, -1)) do
-    local worker = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'worker_name') or ''
-    end_execution(prefix, queue, id, execution, worker)
-    tell(worker, id)
-  end
 
   -- RQ never clears this registry, so each cancellation drops what is as old as a canceled job can be.
   local canceled, now_s = prefix .. ':canceled:' .. queue, math.floor(clock())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from embedq.producer.errors import InvalidOptionError
@@ -34,11 +35,27 @@ def check_string(owner: object, name: str, max_chars: int) -> None:
 
 
 def shown(value: object) -> str:
-    """A value in an error message: short, on one line. (A huge int refuses to become a string.)"""
-    try:
-        return ascii(str(value)[:60])
-    except ValueError:
-        return f"a huge {type(value).__name__}"
+    """A value in an error message: short, on one line. Text is shown if it is a name, and described otherwise.
+
+    A worker's messages stand in Redis and in logs, where nobody's texts belong; what is nested is not even looked into.
+    """
+    if value is None or isinstance(value, (bool, int, float)):
+        try:
+            return ascii(str(value)[:60])
+        except ValueError:  # a huge int refuses to become a string
+            return f"a huge {type(value).__name__}"
+    if isinstance(value, str):
+        return repr(value) if _NAME.fullmatch(value) else f"a string of {len(value):,} characters"
+    return f"a {type(value).__name__}"
+
+
+#: What is a name rather than a text: of an option, a function, a model, a queue.
+_NAME = re.compile(r"[\w./:-]{1,80}", re.ASCII)
+
+
+def printable(text: str) -> str:
+    """On one line, with nothing that steers a terminal or begins another line of a log."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_of(names: Iterable[str]) -> str:

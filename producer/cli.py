@@ -19,6 +19,7 @@ import orjson
 import redis
 
 from embedq.producer import fleet, formats
+from embedq.producer.checks import printable
 from embedq.producer.client import DEFAULT_QUEUE
 from embedq.producer.connection import DEFAULT_URL, connect
 from embedq.producer.embeddings import Embeddings
@@ -30,7 +31,11 @@ from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S, RETRIES
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 url_option = click.option(
-    "--url", default=DEFAULT_URL, show_default=True, help="Redis: redis://, rediss:// or unix://."
+    "--url",
+    default=DEFAULT_URL,
+    show_default=True,
+    help="Redis: redis://, rediss:// (TLS), unix://, or redis+sentinel://HOST:PORT,.../SERVICE/DB. One with a password"
+    " belongs into EMBEDQ_URL, not into a command line.",
 )
 queue_option = click.option("--queue", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
@@ -389,7 +394,7 @@ def _for_each(job_ids: tuple[str, ...], url: str, action: Callable[[EmbedQueue, 
             except EmbedqError as err:
                 if len(job_ids) == 1:
                     raise
-                click.echo(f"{job_id}  {err}", err=True)
+                click.echo(f"{job_id}  {printable(str(err))}", err=True)
                 first_error = first_error or err
             else:
                 echo_json({"id": job_id, "outcome": outcome}) if as_json else click.echo(f"{job_id}  {outcome}")

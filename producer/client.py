@@ -17,6 +17,7 @@ from embedq.producer.requests import Request
 from embedq.producer.settings import EnqueueKeywords, JobSettings, split_keywords
 
 DEFAULT_QUEUE = "embed"
+MAX_QUEUE_CHARS = 256
 
 
 class QueueClient(Generic[Client]):
@@ -53,6 +54,8 @@ class QueueClient(Generic[Client]):
 
 def check_queue_name(name: object) -> str:
     """Raises ConfigurationError."""
-    if not isinstance(name, str) or not name or lone_surrogate(name) is not None:
-        raise ConfigurationError(f"the queue's name must be a string that is not empty, not {shown(name)}")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_QUEUE_CHARS or lone_surrogate(name) is not None:
+        raise ConfigurationError(
+            f"the queue's name must be a string that is not empty, of up to {MAX_QUEUE_CHARS}, not {shown(name)}"
+        )
     return name

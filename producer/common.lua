@@ -12,6 +12,16 @@ local function seconds(field, default)
   return math.max(-1, math.min(MAX_TTL, math.floor(value)))
 end
 
+-- Clears the way for a key of ours where somebody put one of another type, of which no RQ tool can make anything. The
+-- first thing in a script: one that raised half-way would leave half of its work.
+-- pcall: a user who may not look at the key may not write there either, and learns of it where that matters.
+local function clear_way(kind, key)
+  local found = redis.pcall('TYPE', key).ok
+  if found and found ~= kind and found ~= 'none' then
+    redis.call('DEL', key)
+  end
+end
+
 -- Now in seconds, by the server's clock: those of the hosts may differ.
 local function clock()
   local time = redis.call('TIME')
@@ -54,9 +64,10 @@ end
 local function end_execution(prefix, queue, id, execution, worker)
   local pair = id .. ':' .. execution
   redis.call('ZREM', wip_key(prefix, queue), pair)
-  redis.pcall('ZREM', prefix .. ':executions:' .. id, execution) -- which may be of another type
+  -- pcall: keys that may be of another type, and the worker's name is whatever the execution's record says.
+  redis.pcall('ZREM', prefix .. ':executions:' .. id, execution)
   redis.call('DEL', prefix .. ':execution:' .. pair)
-  redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', pair)
+  redis.pcall('SREM', prefix .. ':worker:' .. worker .. ':executions', pair)
 end
 
 -- The status that a call with this nonce found when it was sent first; nil if it is sent for the first time. `change`

@@ -6,6 +6,7 @@ Knows how a connection is made and what its failures mean; knows no keys and no 
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from embedq.producer import sentinel, sentinel_url
 from embedq.producer.errors import (
     ConfigurationError,
     EmbedqError,
@@ -23,54 +25,105 @@ from embedq.producer.errors import (
     QueueConnectionError,
     QueueServerError,
 )
+from embedq.producer.redis_connections import (
+    AsyncPlainConnection,
+    AsyncTLSConnection,
+    PlainConnection,
+    TLSConnection,
+    TLSRefusedError,
+    TLSTimeoutError,
+)
 
 DEFAULT_URL = "redis://localhost:6379/0"
 #: Seconds to wait for a connection, and for the answer to any command that doesn't block.
 CONNECT_TIMEOUT_S = 5.0
 SOCKET_TIMEOUT_S = 30.0
 #: How Redis says that it cannot serve at the moment: as an error of its own class, or from inside a script of ours
-#: as text, in which some releases leave out the code.
+#: as text, in which some releases leave out the code. WRONGTYPE: somebody put another kind of key under a name of
+#: RQ's, which the next script clears away.
 _PASSING_ERRORS = (redis.ReadOnlyError, redis.OutOfMemoryError, redis.exceptions.MasterDownError)
 _PASSING_REPLIES = re.compile(
-    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED)\b"
+    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED|NOSCRIPT|WRONGTYPE)\b"
     r"|read only replica|when used memory > 'maxmemory'"
 )
 _FULL = re.compile(r"\bOOM\b|when used memory > 'maxmemory'")
+#: How redis-py says that the other side ended a connection which it had accepted.
+_HUNG_UP = re.compile(r"Connection closed|reset by peer|Broken pipe|EOF occurred")
+#: How a script says what its user may not do.
+_DENIED = re.compile(r"NOPERM|The user executing the script can't (?:run|access)|ACL failure in script")
 #: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing more when they are sent twice.
 RETRIES = 2
 BACKOFF = ExponentialBackoff(cap=0.5, base=0.05)
+
+#: What redis-py itself tries again, on a new connection: also what a replica refused.
+_RETRIED: Any = (redis.ConnectionError, redis.TimeoutError, TimeoutError, redis.ReadOnlyError)
+#: By the URL's scheme.
+_CONNECTIONS: dict[str, Any] = {
+    "redis": PlainConnection,
+    "rediss": TLSConnection,
+    "unix": redis.UnixDomainSocketConnection,
+}
+_ASYNC_CONNECTIONS: dict[str, Any] = {
+    "redis": AsyncPlainConnection,
+    "rediss": AsyncTLSConnection,
+    "unix": redis.asyncio.UnixDomainSocketConnection,
+}
 
 Client = TypeVar("Client", redis.Redis, redis.asyncio.Redis)
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
-    """A client for `redis://`, `rediss://` or `unix://`; nothing is sent yet. Raises ConfigurationError."""
-    settings = _settings(url, {"retry": Retry(BACKOFF, RETRIES), **options})
+    """A client for `redis://`, `rediss://` or `unix://`, or of the master that Sentinel names for `redis+sentinel://`
+    or `rediss+sentinel://` (see `sentinel_url`); nothing is sent yet. Raises ConfigurationError.
+    """
+    settings = _settings(url, {"retry": Retry(BACKOFF, RETRIES, _RETRIED), **options})
     with _readable(url):
-        return redis.Redis.from_url(url, **settings)
+        if (scheme := _scheme(url)) in sentinel_url.SCHEMES:
+            client = sentinel.connect(url, settings)
+        else:
+            client = redis.Redis.from_url(url, **settings)
+            client.connection_pool.connection_class = _CONNECTIONS[scheme]
+        _check_options(client)
+    return client
 
 
 def connect_async(url: str, **options: Any) -> redis.asyncio.Redis:
     """The same to be awaited, in one event loop."""
-    settings = _settings(url, {"retry": AsyncRetry(BACKOFF, RETRIES), **options})
+    settings = _settings(url, {"retry": AsyncRetry(BACKOFF, RETRIES, _RETRIED), **options})
     with _readable(url):
-        return redis.asyncio.Redis.from_url(url, **settings)
+        if (scheme := _scheme(url)) in sentinel_url.SCHEMES:
+            client = sentinel.connect_async(url, settings)
+        else:
+            client = redis.asyncio.Redis.from_url(url, **settings)
+            client.connection_pool.connection_class = _ASYNC_CONNECTIONS[scheme]
+        _check_options(client)
+    return client
+
+
+def _scheme(url: object) -> str:
+    return url.partition(":")[0] if isinstance(url, str) else ""
 
 
 def _settings(url: str, options: dict[str, Any]) -> dict[str, Any]:
-    scheme = url.partition(":")[0] if isinstance(url, str) else ""
-    if scheme not in ("redis", "rediss", "unix"):
+    scheme = _scheme(url)
+    if scheme not in (*_CONNECTIONS, *sentinel_url.SCHEMES):
         raise ConfigurationError(
-            f"{without_secrets(url)} is no Redis URL; write redis://HOST:PORT/DB, rediss://... or unix:///PATH"
+            f"{without_secrets(url)} is no Redis URL; write redis://HOST:PORT/DB, rediss://..., unix:///PATH or"
+            " redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB"
         )
     settings: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "socket_timeout": SOCKET_TIMEOUT_S,
         "health_check_interval": 30,
+        # A peer that vanished without a word is noticed also by who only listens.
+        "socket_keepalive": True,
         **options,
     }
     if scheme == "unix":
-        settings.pop("socket_connect_timeout")
+        del settings["socket_connect_timeout"], settings["socket_keepalive"]
+    if scheme.startswith("rediss"):
+        # The defaults of today's redis-py, and no others, however it changes them.
+        settings |= {"ssl_cert_reqs": "required", "ssl_check_hostname": True}
     return settings
 
 
@@ -78,12 +131,35 @@ def _settings(url: str, options: dict[str, Any]) -> dict[str, Any]:
 def _readable(url: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError):
+    except ConfigurationError:
+        raise
+    except (ValueError, TypeError, redis.RedisError):
         # The reason may quote a piece of the password.
+        hint = "hosts, ports, service" if _scheme(url) in sentinel_url.SCHEMES else "host, port"
         raise ConfigurationError(
-            f"the Redis URL {without_secrets(url)} cannot be read: check host, port and database, and write"
+            f"the Redis URL {without_secrets(url)} cannot be read: check {hint}, database and options, and write"
             " special characters of user and password as %XX"
         ) from None
+
+
+def _check_options(client: redis.Redis | redis.asyncio.Redis) -> None:
+    """What would otherwise be found out by each connection: options that there are not, certificates not to be read."""
+    pool = client.connection_pool
+    pool.connection_class(**pool.connection_kwargs)
+    given = {name: value for name, value in pool.connection_kwargs.items() if name.startswith("ssl_") and value}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if given.keys() & {"ssl_ca_certs", "ssl_ca_path"}:
+            context.load_verify_locations(given.get("ssl_ca_certs"), given.get("ssl_ca_path"))
+        if given.keys() & {"ssl_certfile", "ssl_keyfile"}:
+            # With a password, be it empty, nobody is asked for one on the terminal.
+            context.load_cert_chain(
+                given.get("ssl_certfile", ""), given.get("ssl_keyfile"), given.get("ssl_password", "")
+            )
+    except OSError as err:
+        reason = (isinstance(err, ssl.SSLError) and err.reason) or err.strerror or type(err).__name__
+        files = "ssl_ca_certs, ssl_certfile or ssl_keyfile"
+        raise ConfigurationError(f"a file that the Redis URL names by {files} cannot be used: {reason}") from err
 
 
 def check_client(client: Client) -> Client:
@@ -100,7 +176,9 @@ def without_secrets(url: object) -> str:
 
 
 def describe(client: redis.Redis | redis.asyncio.Redis) -> str:
-    """Where a client connects to, without credentials: `localhost:6379/0` or a socket's path."""
+    """Where a client connects to, without credentials: `localhost:6379/0`, a socket's path, or whom Sentinel names."""
+    if by_sentinel := sentinel.describe(client.connection_pool):
+        return by_sentinel
     kwargs = client.connection_pool.connection_kwargs
     place = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
     return f"{place}/{kwargs.get('db') or 0}"
@@ -117,9 +195,9 @@ def translated_errors(client: redis.Redis | redis.asyncio.Redis) -> Iterator[Non
 
 def is_passing(err: redis.RedisError) -> bool:
     """Whether the same call may succeed later: Redis is away, starting, full, or a replica until a failover ends."""
-    if isinstance(err, redis.AuthenticationError):
+    if isinstance(err, (redis.AuthenticationError, TLSRefusedError)):
         return False
-    if isinstance(err, (redis.ConnectionError, redis.TimeoutError, *_PASSING_ERRORS)):
+    if isinstance(err, (redis.ConnectionError, redis.TimeoutError, TLSTimeoutError, *_PASSING_ERRORS)):
         return True
     return _PASSING_REPLIES.search(str(err)) is not None
 
@@ -131,14 +209,28 @@ def closed() -> QueueConnectionError:
 
 def translate(err: redis.RedisError, place: str) -> EmbedqError:
     reason = " ".join(str(err).split())
-    if isinstance(err, (redis.AuthenticationError, redis.exceptions.NoPermissionError)) or "NOAUTH" in reason:
+    if isinstance(err, redis.exceptions.NoPermissionError) or _DENIED.search(reason):
+        return QueueAccessError(f"Redis at {place} does not permit this to its user ({reason}); see users.acl")
+    if isinstance(err, redis.AuthenticationError) or "NOAUTH" in reason:
         return QueueAccessError(
             f"Redis at {place} refuses these credentials ({reason}); put them into the URL: redis://USER:PASSWORD@HOST"
         )
+    if isinstance(err, TLSRefusedError):
+        return QueueAccessError(
+            f"no TLS with Redis at {place} ({reason}); the URL names your CA by ?ssl_ca_certs=PATH, and a certificate"
+            " of your own by &ssl_certfile=PATH&ssl_keyfile=PATH"
+        )
+    if isinstance(err, TLSTimeoutError):
+        return QueueConnectionError(f"Redis at {place} does not answer ({reason}); does it speak TLS on that port?")
     if isinstance(err, redis.exceptions.BusyLoadingError):
         return QueueConnectionError(f"Redis at {place} is still loading its data; try again in a moment")
     if isinstance(err, redis.TimeoutError):
         return QueueConnectionError(f"Redis at {place} does not answer in time ({reason})")
+    if isinstance(err, redis.ConnectionError) and _HUNG_UP.search(reason):
+        return QueueConnectionError(
+            f"Redis at {place} hung up ({reason}); is it going down, or does that port want TLS (rediss://), or your"
+            " certificate (ssl_certfile)?"
+        )
     if isinstance(err, redis.ConnectionError):
         return QueueConnectionError(
             f"no Redis at {place} ({reason}); is it running? `embedq up` starts one, --url or EMBEDQ_URL names another"

@@ -48,6 +48,9 @@ local function linger(id, key, status)
   end
 end
 
+clear_way('list', KEYS[1])
+clear_way('zset', scheduled)
+clear_way('zset', deferred)
 local any_is_there = redis.call('EXISTS', unpack(job_keys)) > 0
 for place, key in ipairs(job_keys) do
   if not any_is_there or redis.call('EXISTS', key) == 0 then
@@ -93,8 +96,11 @@ end
 -- From here on everything is written. The first command is one that a server without memory refuses, so that it
 -- refuses before anything has changed.
 local now = timestamp()
+clear_way('set', KEYS[2])
 redis.call('SADD', KEYS[2], KEYS[1])
 if group ~= '' then
+  clear_way('set', prefix .. ':groups')
+  clear_way('set', prefix .. ':group:' .. group)
   redis.call('SADD', prefix .. ':groups', group)
   redis.call('SADD', prefix .. ':group:' .. group, unpack(ids))
 end
@@ -118,8 +124,8 @@ end
 
 -- A job that had ended is as if new.
 local function renew(id, key, its_queue)
-  redis.call('ZREM', prefix .. ':failed:' .. its_queue, id)
-  redis.call('ZREM', prefix .. ':canceled:' .. its_queue, id)
+  redis.pcall('ZREM', prefix .. ':failed:' .. its_queue, id)
+  redis.pcall('ZREM', prefix .. ':canceled:' .. its_queue, id)
   redis.call('HSET', key, 'started_at', '', 'ended_at', '', 'worker_name', '')
   redis.call('PERSIST', key)
   redis.call('PERSIST', key .. ':dependents')
@@ -127,8 +133,10 @@ end
 
 local function depend(id)
   redis.call('ZADD', deferred, math.floor(clock()), id)
+  clear_way('set', prefix .. ':job::' .. id .. ':dependencies')
   for i = 12, first_shared - 1 do
     local dependents = job_prefix .. ARGV[i] .. ':dependents'
+    clear_way('set', dependents)
     redis.call('SADD', dependents, id)
     local left = redis.call('TTL', job_prefix .. ARGV[i])
     -- That of one that has failed: its keys go together. One that waits has a time to live of another kind.

@@ -179,7 +179,7 @@ class JobFailedError(EmbedqError):
 
 _FAILURE_LINE = re.compile(
     r"(?:[\w.]+Error: )?(?P<message>.*) "
-    r"\[code=(?P<code>\w+) retryable=(?P<retryable>yes|no)(?: text_index=(?P<text_index>\d+))?\]"
+    r"\[code=(?P<code>\w+) retryable=(?P<retryable>yes|no)(?: text_index=(?P<text_index>[0-9]{1,9}))?\]"
 )
 
 

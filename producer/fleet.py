@@ -13,6 +13,9 @@ import redis
 from embedq.producer import keys
 from embedq.producer.connection import translated_errors
 
+#: Digits of a count that can be one.
+MAX_DIGITS = 18
+
 
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
@@ -73,7 +76,7 @@ def _look_at_queues(connection: Any, names: list[str]) -> list[QueueInfo]:
         pipeline.llen(keys.queue(name))
         for registry in (keys.started, keys.finished, keys.failed, keys.canceled):
             pipeline.zcard(registry(name))
-    counts = pipeline.execute()
+    counts = [_unless_foreign(reply, 0) for reply in pipeline.execute(raise_on_error=False)]
     return [QueueInfo(name, *counts[5 * place : 5 * place + 5]) for place, name in enumerate(names)]
 
 
@@ -81,9 +84,23 @@ def _look_at_workers(connection: Any, worker_keys: list[bytes]) -> list[WorkerIn
     pipeline = connection.pipeline(transaction=False)
     for key in worker_keys:
         pipeline.hgetall(key)
-    hashes = pipeline.execute()
+    hashes = [_unless_foreign(reply, {}) for reply in pipeline.execute(raise_on_error=False)]
     # A worker that was killed leaves its name in the set until its hash has expired and RQ cleans up.
     return [_read_worker(key, fields) for key, fields in zip(worker_keys, hashes, strict=True) if fields]
+
+
+def _unless_foreign(reply: Any, otherwise: Any) -> Any:
+    """The reply; `otherwise` where a key of another type stands. Raises redis-py's other errors."""
+    if isinstance(reply, redis.ResponseError) and str(reply).startswith("WRONGTYPE"):
+        return otherwise
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
+def _number(field: str | None) -> int:
+    """A worker's hash is whatever stands there."""
+    return int(field) if field and field.isdecimal() and len(field) < MAX_DIGITS else 0
 
 
 def _read_worker(key: bytes, fields: dict[bytes, bytes]) -> WorkerInfo:
@@ -93,10 +110,10 @@ def _read_worker(key: bytes, fields: dict[bytes, bytes]) -> WorkerInfo:
         state=text.get("state", "?"),
         queues=[name for name in text.get("queues", "").split(",") if name],
         host=text.get("hostname", ""),
-        pid=int(text.get("pid") or 0),
+        pid=_number(text.get("pid")),
         model=text.get("embedq_model", ""),
         device=text.get("embedq_device", ""),
-        jobs_done=int(text.get("successful_job_count") or 0),
-        jobs_failed=int(text.get("failed_job_count") or 0),
+        jobs_done=_number(text.get("successful_job_count")),
+        jobs_failed=_number(text.get("failed_job_count")),
         last_heartbeat=text.get("last_heartbeat", ""),
     )

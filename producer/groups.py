@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedq.producer import calls, keys
 from embedq.producer.calls import Commands, Operation
+from embedq.producer.options import is_job_id
 from embedq.producer.outcomes import Outcome, read_status
 from embedq.producer.settings import check_group
 from embedq.producer.status import JobStatus
@@ -29,7 +30,9 @@ def page(name: str, cursor: int) -> Operation[tuple[int, list[str]]]:
     An id may come twice where the group changes meanwhile.
     """
     [(cursor, members)] = yield Commands([("SSCAN", keys.group(name), cursor, "COUNT", PAGE_IDS)])
-    return cursor, [member.decode() for member in members]
+    # RQ's other jobs may be in it, too; what cannot be a job's id is none of anybody's.
+    names = [member.decode(errors="replace") for member in members]
+    return cursor, [name for name in names if is_job_id(name)]
 
 
 def job_ids(name: str) -> Operation[list[str]]:

@@ -28,6 +28,9 @@ MAX_JOB_CHARS = 16_000_000
 #: Characters of an option that is text: a prompt, a model's name.
 MAX_OPTION_CHARS = 10_000
 
+#: Characters of an unknown option's name that are compared with those of the known ones.
+MAX_NAME_CHARS = 80
+
 #: Precisions that token output has.
 TOKEN_PRECISIONS = ("float32", "float16")
 #: Dimensions no model has, and tokens no window has.
@@ -168,14 +171,20 @@ def check_text(text: object, index: int) -> str:
     return text
 
 
+def is_job_id(value: object) -> bool:
+    return isinstance(value, str) and _JOB_ID.fullmatch(value) is not None
+
+
 def check_job_id(job_id: object) -> str:
-    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
-        raise InvalidJobIdError(f"job id {shown(job_id)} does not do: 1 to 256 letters, digits, underscores and dashes")
+    if not isinstance(job_id, str) or not is_job_id(job_id):
+        # The caller's own, and no text: shown whatever it is.
+        shown_id = ascii(job_id[:60]) if isinstance(job_id, str) else shown(job_id)
+        raise InvalidJobIdError(f"job id {shown_id} does not do: 1 to 256 letters, digits, underscores and dashes")
     return job_id
 
 
 def unknown_option(name: str, known: Iterable[str]) -> InvalidOptionError:
     names = tuple(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name[:MAX_NAME_CHARS], names, n=1)
     hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(names)
-    return InvalidOptionError(f"unknown option {name!r}; {hint}")
+    return InvalidOptionError(f"unknown option {shown(name)}; {hint}")

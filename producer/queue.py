@@ -48,6 +48,9 @@ class EmbedQueue(QueueClient[redis.Redis]):
     `max_depth` and `block_timeout` hold for every call that doesn't say otherwise: beyond so many jobs on the queue
     enqueueing raises QueueFull, after having waited so many seconds for room.
 
+    A URL is `redis://`, `rediss://` (TLS; `?ssl_ca_certs=PATH`, `&ssl_certfile=PATH&ssl_keyfile=PATH`), `unix://`, or
+    `redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB`, which follows the master that Sentinel names.
+
     Raises ConfigurationError at once for a URL that cannot be read, InvalidOptionError for a limit that is none; every
     call may raise QueueConnectionError.
     """

@@ -11,7 +11,10 @@
 -- such job.
 
 local prefix, id = ARGV[1], ARGV[2]
-local fields = redis.call('HMGET', KEYS[1], 'status', 'origin', 'embedq_retries', 'ttl', 'embedq_change')
+local fields = redis.pcall('HMGET', KEYS[1], 'status', 'origin', 'embedq_retries', 'ttl', 'embedq_change')
+if fields.err then
+  return false -- something else stands there
+end
 local status, queue = fields[1], fields[2]
 if not status or not queue then
   return false
@@ -24,6 +27,10 @@ if status ~= 'failed' and status ~= 'stopped' and status ~= 'canceled' then
   return status
 end
 
+clear_way('set', KEYS[2])
+clear_way('list', prefix .. ':queue:' .. queue)
+clear_way('zset', prefix .. ':failed:' .. queue)
+clear_way('zset', prefix .. ':canceled:' .. queue)
 -- First what a server without memory refuses, so that it refuses before anything has changed.
 redis.call('HSET', KEYS[1], 'status', 'queued', 'enqueued_at', timestamp(), 'started_at', '', 'ended_at', '',
   'worker_name', '', 'embedq_change', ARGV[4] .. ' ' .. status)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from embedq.producer.checks import printable
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.fleet import FleetInfo
 
@@ -26,7 +29,7 @@ def print_summary(result: Embeddings) -> None:
     rows, columns = result.vectors.shape
     timings = result.timings
     console.print(
-        f"{rows} x {columns} {result.vectors.dtype} by {result.model}: "
+        f"{rows} x {columns} {result.vectors.dtype} by {escape(printable(result.model))}: "
         f"queued {timings.queued_s:.3f} s, encoded {timings.encode_s:.3f} s, in all {timings.total_s:.3f} s"
     )
 
@@ -41,12 +44,18 @@ def print_fleet(seen: FleetInfo) -> None:
     queues = Table("queue", "queued", "started", "finished", "failed", "canceled")
     for queue in seen.queues:
         counts = (queue.queued, queue.started, queue.finished, queue.failed, queue.canceled)
-        queues.add_row(queue.name, *(f"{count:,}" for count in counts))
+        queues.add_row(_plain(queue.name), *(f"{count:,}" for count in counts))
     console.print(queues)
     workers = Table("worker", "state", "queues", "model", "device", "done", "failed", "on")
     for worker in seen.workers:
         workers.add_row(
-            *(worker.name, worker.state, ", ".join(worker.queues), worker.model or "(stock rq)", worker.device),
-            *(f"{worker.jobs_done:,}", f"{worker.jobs_failed:,}", f"{worker.host}:{worker.pid}"),
+            *map(_plain, (worker.name, worker.state, ", ".join(worker.queues), worker.model or "(stock rq)")),
+            *(_plain(worker.device), f"{worker.jobs_done:,}", f"{worker.jobs_failed:,}"),
+            _plain(f"{worker.host}:{worker.pid}"),
         )
     console.print(workers if seen.workers else "no worker is running; `embedq worker` starts one")
+
+
+def _plain(found: str) -> Text:
+    """What anybody may have written into Redis, neither as markup nor as commands to the terminal."""
+    return Text(printable(found))

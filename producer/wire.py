@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ from typing import Any
 
 import orjson
 
+from embedq.producer.checks import is_int, shown
 from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import InvalidRequestError, JobFailedError, WireError
-from embedq.producer.options import EmbedOptions, check_texts
+from embedq.producer.options import MAX_JOB_CHARS, MAX_TEXTS_PER_JOB, EmbedOptions, check_texts
 
 #: The RQ function of every job of ours, by path, so that enqueueing imports no torch.
 FUNCTION = "embedq.worker.tasks.embed"
@@ -34,6 +36,18 @@ VERSION = 1
 COMPRESS_FROM_BYTES = 256
 #: What a request may grow to; MAX_JOB_CHARS of four bytes each, escaped, is below it.
 MAX_REQUEST_BYTES = 128 * 1024 * 1024
+#: What a job's `data` may have in Redis, where a request of MAX_JOB_CHARS is compressed; claim.lua knows the number.
+MAX_DATA_BYTES = 64 * 1024 * 1024
+#: Values that one request may hold, its texts and options with their names. Parsed, three bytes of JSON become sixty.
+MAX_REQUEST_VALUES = 2 * MAX_TEXTS_PER_JOB
+#: Requests below so many bytes are parsed without their values being counted.
+COUNT_FROM_BYTES = 1024 * 1024
+#: What the reason of a failure may grow to.
+MAX_REASON_BYTES = 1024 * 1024
+#: What a result may have; the largest that workers make is token output of 64 MiB.
+MAX_RESULT_BYTES = 256 * 1024 * 1024
+#: What of that may be its header, safetensors' JSON.
+MAX_HEADER_BYTES = 1024 * 1024
 
 #: The tensor that holds a result's vectors, by `output`.
 TENSOR_NAMES = {"sentence": "embeddings", "tokens": "token_embeddings"}
@@ -86,15 +100,19 @@ def decode_request(data: bytes) -> EmbedRequest:
     """Raises WireError for anything but a request of ours, with the reason on one line."""
     if not data:
         raise WireError("the job has no data")
-    call = _loads(_decompress(data))
+    call = _loads(inflate(data, MAX_REQUEST_BYTES))
     if not isinstance(call, list) or len(call) != 4:
         raise WireError("the job's data is not an RQ call of four parts")
     function, instance, args, kwargs = call
     if function != FUNCTION or instance is not None:
-        raise WireError(f"the job asks for {str(function)[:80]!r}; this worker runs {FUNCTION} alone")
+        raise WireError(f"the job asks for {_call(function, instance)}; this worker runs {FUNCTION} alone")
     if args or not isinstance(kwargs, dict):
         raise WireError("the job's arguments are not keywords")
     return check_kwargs(kwargs)
+
+
+def _call(function: object, instance: object) -> str:
+    return shown(function) if instance is None else f"a method of {shown(instance)}"
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> EmbedRequest:
@@ -102,7 +120,7 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> EmbedRequest:
     options = dict(kwargs)
     version = options.pop("version", VERSION)
     if version != VERSION:
-        raise WireError(f"the request has version {str(version)[:20]}; this worker reads version {VERSION}")
+        raise WireError(f"the request has version {shown(version)}; this worker reads version {VERSION}")
     try:
         return EmbedRequest(check_texts(options.pop("texts", ())), _read_options(options))
     except InvalidRequestError as err:
@@ -153,10 +171,16 @@ def decode_result(blob: bytes) -> Embeddings:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
+    header_bytes = int.from_bytes(blob[:8], "little")
+    if len(blob) > MAX_RESULT_BYTES or header_bytes > MAX_HEADER_BYTES:
+        raise WireError(f"the result in Redis is too large: {len(blob):,} bytes with a header of {header_bytes:,}")
     try:
-        tensors = load(blob)
-        metadata = orjson.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
+        header = orjson.loads(blob[8 : 8 + header_bytes])
+        metadata = header["__metadata__"]
         output = metadata.get("output", _DEFAULTS["output"])
+        if header[TENSOR_NAMES[output]]["dtype"] not in _DTYPES.values():
+            raise ValueError("its numbers are of no type of ours")
+        tensors = load(blob)
         vectors = tensors[TENSOR_NAMES[output]]
         result = Embeddings(
             vectors=vectors,
@@ -172,11 +196,28 @@ def decode_result(blob: bytes) -> Embeddings:
             calibration=metadata.get("calibration", _DEFAULTS["calibration"]),
         )
         num_rows = sum(result.num_tokens) if output == "tokens" else len(result.num_tokens)
-    except (SafetensorError, KeyError, TypeError, ValueError) as err:
-        raise WireError(f"the result in Redis cannot be read: {err}") from err
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as err:
+        raise WireError(f"the result in Redis cannot be read: {_reason(err)}") from err
     if vectors.ndim != 2 or len(vectors) != num_rows or len(result.num_tokens) != len(result.truncated):
         raise WireError("the result in Redis is at odds with itself: rows and token counts differ")
+    if not _has_plain_fields(result):
+        raise WireError("the result in Redis cannot be read: a field of it is of another type")
     return result
+
+
+def _has_plain_fields(result: Embeddings) -> bool:
+    """Whether what came as JSON is what it should be: counts, switches, seconds."""
+    times = [getattr(result.timings, name) for name in _TIMINGS]
+    return (
+        all(is_int(number, 0, MAX_RESULT_BYTES) for number in result.num_tokens)
+        and all(isinstance(cut, bool) for cut in result.truncated)
+        and all(isinstance(seconds, (int, float)) for seconds in times)
+    )
+
+
+def _reason(err: Exception) -> str:
+    """On one line, and short: of foreign bytes an error may quote a lot."""
+    return " ".join(str(err).split())[:200]
 
 
 def is_result(blob: bytes) -> bool:
@@ -195,27 +236,62 @@ def decode_exc_string(field: bytes) -> JobFailedError:
         packed = base64.b64decode(field, validate=True)
     except binascii.Error as err:
         raise WireError("the failure in Redis is not base64") from err
-    return JobFailedError.parse(_decompress(packed).decode(errors="replace"))
+    return JobFailedError.parse(inflate(packed, MAX_REASON_BYTES).decode(errors="replace"))
 
 
-def _loads(plain: bytes) -> Any:
-    try:
-        return orjson.loads(plain)
-    except orjson.JSONDecodeError as err:
-        raise WireError(f"the job's data is not JSON: {err}") from err
-
-
-def _decompress(data: bytes) -> bytes:
-    """Inflate with a bound, so that a small field cannot become gigabytes; bytes that aren't zlib stay."""
-    if data[:1] == b"[":  # JSON; zlib's first byte is another, and trying would cost more than all the rest
-        return data
+def inflate(data: bytes, max_bytes: int) -> bytes:
+    """With a bound, so that a small field cannot become gigabytes; bytes that aren't zlib stay. Raises WireError."""
+    if data[:1] == b"[" and len(data) <= max_bytes:
+        return data  # JSON; zlib's first byte is another, and trying would cost more than all the rest
     inflater = zlib.decompressobj()
     try:
-        plain = inflater.decompress(data, MAX_REQUEST_BYTES)
+        plain = inflater.decompress(data, max_bytes)
     except zlib.error:
+        if len(data) > max_bytes:
+            raise WireError(f"the data has {len(data):,} bytes; at most {max_bytes:,} go") from None
         return data
     if inflater.unconsumed_tail:
-        raise WireError(f"the data inflates to more than {MAX_REQUEST_BYTES:,} bytes")
+        raise WireError(f"the data inflates to more than {max_bytes:,} bytes")
     if not inflater.eof:
         raise WireError("the data is cut short")
     return plain
+
+
+def _loads(plain: bytes) -> Any:
+    if len(plain) >= COUNT_FROM_BYTES:
+        _check_contents(plain)
+    try:
+        return orjson.loads(plain)
+    except orjson.JSONDecodeError as err:
+        raise WireError(f"the job's data is not JSON: {_reason(err)}") from err
+
+
+def _check_contents(plain: bytes) -> None:
+    """Raises WireError for what would take many times its bytes once it is parsed."""
+    # Of an escape of two or six bytes one is a character: more than so many are there for certain.
+    num_chars = len(plain.translate(None, _CONTINUATIONS)) - plain.count(b"\\") - 4 * plain.count(b"\\u")
+    if num_chars > MAX_JOB_CHARS + COUNT_FROM_BYTES:
+        raise WireError(f"the job's data has {num_chars:,} characters; at most {MAX_JOB_CHARS:,} of texts go")
+    if _holds_many_values(plain):
+        raise WireError(f"the job's data holds more than {MAX_REQUEST_VALUES:,} values; no request of ours does")
+
+
+#: The bytes of UTF-8 that begin no character.
+_CONTINUATIONS = bytes(range(0x80, 0xC0))
+#: A JSON string. Possessive, as one that went back would need memory for each character.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+
+def _holds_many_values(plain: bytes) -> bool:
+    """Counts what separates values and opens lists, outside of strings; and looks no further than it must."""
+    num_values = end_before = 0
+    for num_strings, string in enumerate(_STRING.finditer(plain)):
+        num_values += _count_marks(plain, end_before, string.start())
+        end_before = string.end()
+        if max(num_values, num_strings) > MAX_REQUEST_VALUES:
+            return True
+    return num_values + _count_marks(plain, end_before, len(plain)) > MAX_REQUEST_VALUES
+
+
+def _count_marks(plain: bytes, start: int, end: int) -> int:
+    return sum([plain.count(mark, start, end) for mark in (b",", b"[", b"{")])

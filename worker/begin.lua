@@ -12,7 +12,7 @@ local lost = {}
 for i = 2, #ARGV, 4 do
   local queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if holds(prefix, queue, id, execution) then
-    redis.call('HSET', prefix .. ':execution:' .. id .. ':' .. execution, 'begun', ARGV[i + 3])
+    redis.pcall('HSET', prefix .. ':execution:' .. id .. ':' .. execution, 'begun', ARGV[i + 3])
   else
     lost[#lost + 1] = (i + 2) / 4
   end

@@ -15,10 +15,13 @@
 -- ARGV[7+] the queues' names, as many as lists
 --
 -- Returns {now in seconds, state, job, job, ...}. State: 'suspended', 'empty' if the queues are, else 'more'. Each job
--- is {queue name, id, execution id, data, enqueued_at}, data false where the hash has none; one that was tried before
--- has two items more: how often, and its retries left.
+-- is {queue name, id, execution id, data, enqueued_at}, data false where the hash has none, and only its length where
+-- it is longer than MAX_DATA_BYTES; one that was tried before has two items more: how often, and its retries left.
 
 local BYTES_PER_TEXT = 8 -- so that a job of many empty texts, which compress to nothing, is not free
+local MAX_TEXTS = 1024 -- of a job; what it says of itself is not to be believed
+local MAX_DATA_BYTES = 67108864 -- as in producer/wire.py: no request of ours has more, and no worker has to take it
+local MAX_TIME_BYTES = 64
 local LOOK_AHEAD = 100 -- ids read off a list at a time
 local MAX_LOOKS = 10000 -- ids looked at in one call, however many of them are jobs that vanished
 local FIELDS = {'status', 'data', 'enqueued_at', 'embedq_texts', 'embedq_attempts', 'embedq_retries', 'retries_left'}
@@ -30,12 +33,19 @@ local second = string.format('%.6f', started)
 
 -- fields: of the job's hash, those of FIELDS.
 local function told(queue, id, execution, fields)
+  local data, enqueued_at = fields[2], fields[3] or ''
+  if data and #data > MAX_DATA_BYTES then
+    data = #data
+  end
+  if #enqueued_at > MAX_TIME_BYTES then
+    enqueued_at = ''
+  end
   -- Most jobs are as they were enqueued: no counter, and all of their retries left.
   local tried = (fields[5] or fields[6] ~= fields[7]) and attempts(fields[5], fields[6], fields[7]) or 0
   if tried == 0 then
-    return {queue, id, execution, fields[2], fields[3] or ''}
+    return {queue, id, execution, data, enqueued_at}
   end
-  return {queue, id, execution, fields[2], fields[3] or '', tried, math.max(0, seconds(fields[7], 0))}
+  return {queue, id, execution, data, enqueued_at, tried, math.max(0, seconds(fields[7], 0))}
 end
 
 -- The claims of the call before, whose reply was lost, in their order.
@@ -44,9 +54,9 @@ local function tell_again()
   for _, pair in ipairs(redis.call('SMEMBERS', KEYS[3])) do
     local id, execution = string.match(pair, '^(.*):([^:]*)$')
     if id and string.sub(execution, 1, #nonce + 1) == nonce .. '-' then
-      local queue = redis.call('HGET', prefix .. ':execution:' .. pair, 'queue')
-      local fields = redis.call('HMGET', prefix .. ':job:' .. id, unpack(FIELDS))
-      if queue and fields[1] == 'started' then
+      local queue = redis.pcall('HGET', prefix .. ':execution:' .. pair, 'queue')
+      local fields = redis.pcall('HMGET', prefix .. ':job:' .. id, unpack(FIELDS))
+      if type(queue) == 'string' and fields[1] == 'started' then
         local place = tonumber(string.sub(execution, #nonce + 2))
         places[#places + 1] = place
         jobs[place] = told(queue, id, execution, fields)
@@ -61,6 +71,13 @@ local function tell_again()
   return again
 end
 
+clear_way('hash', KEYS[2])
+clear_way('set', KEYS[3])
+clear_way('string', KEYS[4])
+for i = 5, #KEYS do
+  clear_way('list', KEYS[i])
+  clear_way('zset', wip_key(prefix, ARGV[2 + i]))
+end
 if redis.call('GET', KEYS[4]) == nonce then
   return tell_again()
 end
@@ -86,10 +103,10 @@ local function claim(queue, id)
   local execution = nonce .. '-' .. num_claimed + 1
   local pair = id .. ':' .. execution
   local record, records = execution_prefix .. pair, executions_prefix .. id
-  -- First what may raise: the key may be of another type.
+  -- First what may raise: the server may be full, or the key of another type.
   local reply = redis.pcall('ZADD', records, keep_until, execution)
-  if type(reply) == 'table' and reply.err then
-    call('DEL', records)
+  if is_error(reply) then
+    drop_other_type(records, reply)
     call('ZADD', records, keep_until, execution)
   end
   num_claimed = num_claimed + 1
@@ -103,7 +120,7 @@ local function claim(queue, id)
   leases[#leases + 1] = lease_until
   leases[#leases + 1] = pair
   claimed[num_claimed + 2] = told(queue, id, execution, fields)
-  bytes = bytes + math.max(data and #data or 0, BYTES_PER_TEXT * (tonumber(fields[4] or '') or 1))
+  bytes = bytes + math.max(data and #data or 0, BYTES_PER_TEXT * math.min(MAX_TEXTS, seconds(fields[4], 1)))
 end
 
 local looked = 0

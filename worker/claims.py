@@ -34,7 +34,7 @@ class Claim:
     queue: str
     job_id: str
     execution_id: str
-    #: RQ's `data` field as it stands in Redis; empty if the hash has none
+    #: RQ's `data` field as it stands in Redis; empty if the hash has none, or if it is beyond all bounds
     data: bytes
     #: seconds from enqueueing to the claim, by the server's clock
     queued_s: float
@@ -42,6 +42,8 @@ class Claim:
     attempts: int = 0
     #: whether it was tried before, and is not tried again
     is_last: bool = False
+    #: bytes of a `data` that stayed in Redis because it is longer than any of ours; else 0
+    refused_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ class ClaimStore:
             keys=[keys.started(queue)],
             args=[keys.PREFIX, queue, FAILURE_TTL_S, wire.encode_exc_string(reason), RECOVER_JOBS],
         )
-        return Recovered(retried, failed, [job_id.decode() for job_id in with_sequel])
+        return Recovered(retried, failed, [job_id.decode(errors="replace") for job_id in with_sequel])
 
 
 def _fresh_nonce() -> str:
@@ -188,7 +190,11 @@ def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:
     queue, job_id, execution_id, data, enqueued_at, *tried = fields
     waited_s = _seconds_since(enqueued_at, claimed_at)
     # An id that is no UTF-8 is none of ours: what is done under another name changes nothing.
-    claim = Claim(queue.decode(), job_id.decode(errors="replace"), execution_id.decode(), data or b"", waited_s)
+    claim = Claim(queue.decode(), job_id.decode(errors="replace"), execution_id.decode(), b"", waited_s)
+    if isinstance(data, int):
+        claim.refused_bytes = data
+    else:
+        claim.data = data or b""
     if tried:
         claim.attempts, retries_left = tried
         claim.is_last = retries_left == 0

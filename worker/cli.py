@@ -19,6 +19,7 @@ from embedq.model import DeviceLostError, ModelError
 from embedq.model.bench_cli import bench_group
 from embedq.model.cli import model_group
 from embedq.producer import cli as client
+from embedq.producer.checks import printable
 from embedq.producer.client import DEFAULT_QUEUE, check_queue_name
 from embedq.producer.connection import connect, translated_errors
 from embedq.producer.errors import (
@@ -31,8 +32,9 @@ from embedq.producer.errors import (
     QueueServerError,
     ResultTimeoutError,
 )
-from embedq.worker import logs
+from embedq.worker import logs, processes
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
+from embedq.worker.startup import leaving_at_once, until_served
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -66,7 +68,7 @@ class ErrorLine(click.ClickException):
     """An error as click shows it: one line, and an exit status."""
 
     def __init__(self, message: str, status: int) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
         self._status = status
 
     @property
@@ -117,7 +119,8 @@ class ErrorGroup(click.Group):
 @click.group(cls=ErrorGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="embedq", message="embedq %(version)s")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
-def main(debug: bool) -> None:
+@click.pass_context
+def main(context: click.Context, debug: bool) -> None:
     """Text embeddings over a Redis queue.
 
     Put texts on a queue, let workers drain it in micro-batches, fetch the vectors by job id. Each option has an
@@ -128,6 +131,7 @@ def main(debug: bool) -> None:
     At home: embedq up            then  embedq embed "a text" --url URL
     A fleet: embedq worker --url redis://...
     """
+    processes.retitle(context.invoked_subcommand or "")
     logs.configure("text", logging.DEBUG if debug else logging.INFO)
 
 
@@ -180,6 +184,11 @@ _ENCODER_SETTINGS = (
 _QUEUE_SETTINGS = (
     _setting("lease_s", type=float, help="Seconds a claimed job is this worker's without a sign of life."),
     _setting("grace_s", type=float, help="Seconds from SIGTERM to the end."),
+    _setting(
+        "startup_timeout_s",
+        type=float,
+        help="Seconds to wait at the start for a Redis that cannot serve; 0: not at all; default: for good.",
+    ),
     _setting("encode_timeout_s", type=float, help="Seconds that a micro-batch may take before the worker leaves."),
     _setting("max_claim_jobs", type=int, help="Jobs of one claim."),
     _setting(
@@ -233,27 +242,35 @@ def worker(
 ) -> None:
     """Drain QUEUES (default: embed), the most urgent first, until stopped.
 
-    SIGTERM and Ctrl-C finish the micro-batch on the device and give the other claimed jobs back; a second signal
-    leaves at once.
+    Waits for Redis if it is not there yet; wrong credentials and certificates end it at once. SIGTERM and Ctrl-C
+    finish the micro-batch on the device and give the other claimed jobs back; a second signal leaves at once, and so
+    does the first while the worker starts.
 
     \b
     embedq worker --url redis://redis:6379/0 --device cuda
+    embedq worker --url redis+sentinel://sentinel-1,sentinel-2,sentinel-3/mymaster/0
     embedq worker urgent bulk --burst
     """
-    from rq.worker import DequeueStrategy
+    with leaving_at_once():
+        from rq.worker import DequeueStrategy
 
-    from embedq.worker.worker import EmbedWorker
+        from embedq.worker.worker import EmbedWorker
 
-    checked = WorkerSettings(**settings)
-    logs.configure(checked.log_format, logging.DEBUG if context.find_root().params.get("debug") else logging.INFO)
-    connection = connect(url)
-    names = [check_queue_name(queue) for queue in queues or [DEFAULT_QUEUE]]
-    with translated_errors(connection):
-        connection.ping()
+        checked = WorkerSettings(**settings)
+        logs.configure(checked.log_format, logging.DEBUG if context.find_root().params.get("debug") else logging.INFO)
+        connection = connect(url)
+        names = [check_queue_name(queue) for queue in queues or [DEFAULT_QUEUE]]
+        processes.retitle(f"worker {printable(' '.join(names))}")
         name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
-        EmbedWorker(names, name=name, connection=connection, settings=checked).work(
-            burst=burst, max_jobs=max_jobs, dequeue_strategy=DequeueStrategy(dequeue_strategy)
-        )
+
+        def make() -> EmbedWorker:
+            connection.ping()
+            return EmbedWorker(names, name=name, connection=connection, settings=checked)
+
+        with translated_errors(connection):
+            # Before the model is loaded.
+            made = until_served(connection, make, checked.startup_timeout_s)
+            made.work(burst=burst, max_jobs=max_jobs, dequeue_strategy=DequeueStrategy(dequeue_strategy))
 
 
 @click.command()

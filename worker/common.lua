@@ -1,5 +1,8 @@
 -- Put before each of the worker's scripts, behind the client's common.lua: what they share.
 
+-- Retries of one job, whatever its hash says; as in producer/settings.py.
+local MAX_RETRIES = 1000
+
 -- Values given to one command: Lua's stack takes some 8,000. Even, for commands that take pairs.
 local SLICE = 4000
 
@@ -12,8 +15,8 @@ end
 
 -- Whether this execution still holds its job: nobody canceled it, and its lease was not given to another.
 local function holds(prefix, queue, id, execution)
-  return redis.call('ZSCORE', wip_key(prefix, queue), id .. ':' .. execution)
-    and redis.call('HGET', prefix .. ':job:' .. id, 'status') == 'started'
+  return type(redis.pcall('ZSCORE', wip_key(prefix, queue), id .. ':' .. execution)) == 'string'
+    and redis.pcall('HGET', prefix .. ':job:' .. id, 'status') == 'started' -- no hash any more: held no longer
 end
 
 -- How often a job was tried before, of its fields embedq_attempts, embedq_retries and retries_left: as try_again counts
@@ -37,7 +40,7 @@ local function try_again(prefix, queue, id)
   local key = prefix .. ':job:' .. id
   local fields = redis.call('HMGET', key, 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry',
     'embedq_attempts', 'embedq_retries')
-  local left = tonumber(fields[1] or '') or 0
+  local left = math.min(MAX_RETRIES, seconds(fields[1], 0))
   if left < 1 then
     return false
   end
@@ -77,16 +80,37 @@ local function job_after(prefix, id, dependents)
     has_dependencies = fields[5], has_dependents = dependents, has_sequel = has_sequel}
 end
 
+-- Clears the way for whatever may become of a queue's jobs.
+local function clear_way_for_end(prefix, queue)
+  clear_way('list', prefix .. ':queue:' .. queue)
+  clear_way('zset', wip_key(prefix, queue))
+  for _, registry in ipairs({':finished:', ':failed:', ':scheduled:', ':embedq:sequels:'}) do
+    clear_way('zset', prefix .. registry .. queue)
+  end
+end
+
 -- Remembers that something follows a job's end until it is done: should the worker die before, another does it.
 local function note_sequel(prefix, queue, id)
   redis.call('ZADD', prefix .. ':embedq:sequels:' .. queue, clock(), id)
 end
 
+local function is_error(reply)
+  return type(reply) == 'table' and reply.err ~= nil
+end
+
+-- Makes room for a key of ours where somebody put one of another type. Only then: a script that has deleted something
+-- may go on writing though the server is full, which it must learn.
+local function drop_other_type(key, reply)
+  if string.find(reply.err, 'WRONGTYPE', 1, true) then
+    redis.call('DEL', key)
+  end
+end
+
 -- Appends an entry {name, value, ...} to a result stream, whatever somebody put under its name.
 local function append_result(stream, entry)
   local reply = redis.pcall('XADD', stream, 'MAXLEN', '~', 10, '*', unpack(entry))
-  if type(reply) == 'table' and reply.err then
-    redis.call('DEL', stream)
+  if is_error(reply) then
+    drop_other_type(stream, reply)
     redis.call('XADD', stream, '*', unpack(entry))
   end
 end
@@ -130,7 +154,7 @@ end
 local function count(prefix, worker, field, amount)
   local key = prefix .. ':worker:' .. worker
   if amount ~= 0 and redis.call('EXISTS', key) == 1 then
-    redis.call('HINCRBYFLOAT', key, field, amount)
+    redis.pcall('HINCRBYFLOAT', key, field, amount) -- the field may be no number
   end
 end
 

@@ -85,10 +85,15 @@ local function publish(i)
   return told(queue, id, job.has_sequel)
 end
 
+clear_way('hash', prefix .. ':worker:' .. worker)
+clear_way('set', prefix .. ':worker:' .. worker .. ':executions')
 local dependents_keys = {}
 for i = 5, #ARGV, FIELDS do
   local queue, id = ARGV[i + 1], ARGV[i + 2]
-  pairs_by_queue[queue] = pairs_by_queue[queue] or {}
+  if not pairs_by_queue[queue] then
+    clear_way_for_end(prefix, queue)
+    pairs_by_queue[queue] = {}
+  end
   table.insert(pairs_by_queue[queue], id .. ':' .. ARGV[i + 3])
   dependents_keys[#dependents_keys + 1] = prefix .. ':job:' .. id .. ':dependents'
 end

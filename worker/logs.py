@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import orjson
 
+from embedq.producer.checks import printable
 from embedq.worker.settings import LogFormat
 
 
@@ -25,11 +26,19 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(line, default=str).decode()
 
 
+class LineFormatter(logging.Formatter):
+    """A line for people. What a job or a message brought into it begins no other line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def configure(log_format: LogFormat, level: int = logging.INFO) -> None:
     """Everything of `level` and above to stderr; of RQ and of libraries only what matters."""
     handler = logging.StreamHandler()
     handler.setFormatter(
-        JsonFormatter() if log_format == "json" else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+        JsonFormatter() if log_format == "json" else LineFormatter("%(asctime)s %(levelname)-7s %(message)s")
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("embedq").setLevel(level)

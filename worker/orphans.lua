@@ -10,6 +10,7 @@
 local now = clock()
 local replies = {}
 for i, key in ipairs(KEYS) do
+  clear_way('zset', key)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', now - tonumber(ARGV[1]), 'LIMIT', 0, ARGV[2])) do
     redis.call('ZADD', key, now, id)
     replies[#replies + 1] = i

@@ -30,6 +30,8 @@ MAX_GATHER_S = 0.1
 MAX_LONG_JOBS = 4
 #: Threads that publish: while one waits for Redis, the other serializes.
 PUBLISHERS = 2
+#: Tokens that may be ready, some 30 MB with what belongs to them, while texts of the same claim are not tokenized yet.
+MAX_READY_TOKENS = 2_000_000
 #: Bytes of vectors that may wait to be published, beyond which nothing more is encoded.
 OUTBOX_BYTES = 64 * 1024 * 1024
 
@@ -40,8 +42,9 @@ Done = Work | Outcome
 class Stages(Protocol):
     """What the threads do. Whatever a stage raises ends the pipeline."""
 
-    def tokenize(self, claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome]]:
-        """The jobs that can be encoded, tagged with their claims, and what became of the others."""
+    def tokenize(self, claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome], Sequence[Claim]]:
+        """The jobs that can be encoded, tagged with their claims; what became of the others; and the claims that are
+        for the next call, as not all of them go into memory at once."""
 
     def ready_job(self, work: Work) -> ReadyJob: ...
 
@@ -115,6 +118,8 @@ class Pipeline:
         self._outbox: deque[Done] = deque()
         self._outbox_bytes = 0
         self._num_jobs = 0
+        #: whether only some of a claim is tokenized
+        self._has_claim_begun = False
         self._is_encoding = False
         self._is_queue_empty = True
         self._is_stopping = False
@@ -270,22 +275,40 @@ class Pipeline:
             self._make_ready(claims, estimate)
 
     def _make_ready(self, claims: list[Claim], estimate: int) -> None:
-        works, failed = self._stages.tokenize(claims)
-        jobs = [self._stages.ready_job(work) for work in works]
-        with self._lock:
-            if self._claimed and self._claimed[0][0] is claims:
-                self._claimed.popleft()
-            self._claimed_tokens -= estimate
-            if not self._ready:
-                self._ready_since = time.monotonic()
-            self._ready.add(jobs)
-            self._clock()
-            self._to_encode.notify()
-            # The texts may have come to fewer tokens than was thought.
-            self._to_feed.notify()
-            if failed:
-                self._outbox.extend(failed)
-                self._to_publish.notify()
+        left: Sequence[Claim] = claims
+        while left:
+            works, failed, left = self._stages.tokenize(left)
+            jobs = [self._stages.ready_job(work) for work in works]
+            with self._lock:
+                self._add_ready(jobs, failed)
+                self._has_claim_begun = bool(left)
+                if left:
+                    self._to_tokenize.wait_for(lambda: self._is_stopping or not self._holds_enough())
+                    if self._is_stopping:
+                        return
+                else:
+                    self._forget_claim(claims, estimate)
+
+    def _add_ready(self, jobs: list[ReadyJob], failed: list[Outcome]) -> None:
+        if not self._ready:
+            self._ready_since = time.monotonic()
+        self._ready.add(jobs)
+        self._to_encode.notify()
+        if failed:
+            self._outbox.extend(failed)
+            self._to_publish.notify()
+
+    def _forget_claim(self, claims: list[Claim], estimate: int) -> None:
+        if self._claimed and self._claimed[0][0] is claims:
+            self._claimed.popleft()
+        self._claimed_tokens -= estimate
+        self._clock()
+        # The texts may have come to fewer tokens than was thought.
+        self._to_feed.notify()
+
+    def _holds_enough(self) -> bool:
+        """So many tokens that the rest of a claim is tokenized later: claims are estimated by their bytes alone."""
+        return self._ready.num_tokens >= max(MAX_READY_TOKENS, self._bounds.prefetch_tokens)
 
     def _can_plan(self) -> bool:
         """Only full micro-batches are cut ahead: one that is not may still grow."""
@@ -336,8 +359,8 @@ class Pipeline:
                     self._is_encoding = True
                     self._clock()
                     self._to_feed.notify()
-                    if self._can_plan():
-                        self._to_tokenize.notify()
+                    if self._can_plan() or self._has_claim_begun:
+                        self._to_tokenize.notify_all()
                     return batch
                 self._to_encode.wait(linger_s if linger_s and linger_s > 0 else None)
         return None

@@ -1,5 +1,7 @@
 """Child processes that never outlive us: started in their own group, ended in order, killed if they must be.
 
+And the name under which we run ourselves.
+
 Knows processes and signals, not what runs in them.
 """
 
@@ -13,7 +15,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from setproctitle import setproctitle
+
 _PR_SET_PDEATHSIG = 1
+
+
+def retitle(command: str) -> None:
+    """What `ps` shows of this process from now on, in the place of arguments that may hold a password."""
+    setproctitle(f"embedq {command}")
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
@@ -22,7 +31,8 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
     In a session of its own: Ctrl-C in the terminal reaches us alone, and we end our children in order.
     """
     with log.open("ab") as output:
-        return subprocess.Popen(
+        # Commands of our own: this Python or a redis-server.
+        return subprocess.Popen(  # nosec B603
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,

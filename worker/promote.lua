@@ -23,6 +23,8 @@ local function await_slot(key, id, due_at, rate_limit, concurrency)
   if type(reply) == 'table' and reply.err then
     return false -- a name that makes this the key of something else
   end
+  clear_way('zset', limit_key .. ':rate_limited')
+  clear_way('zset', limit_key .. ':allowed')
   redis.call('SADD', KEYS[2], rate_limit)
   redis.call('HSET', key, 'status', 'rate_limited')
   redis.call('ZADD', limit_key .. ':rate_limited', due_at, id)
@@ -47,8 +49,8 @@ local function promote(queue, id, due_at)
   end
   redis.call('HSET', key, 'origin', queue)
   moved = moved + 1
-  local concurrency = tonumber(fields[7] or '')
-  if fields[6] and fields[6] ~= '' and concurrency then
+  local concurrency = seconds(fields[7], 0)
+  if fields[6] and fields[6] ~= '' and concurrency > 0 then
     await_slot(key, id, due_at, fields[6], concurrency)
     return
   end
@@ -58,7 +60,11 @@ local function promote(queue, id, due_at)
   redis.call('SADD', KEYS[1], prefix .. ':queue:' .. queue)
 end
 
+clear_way('set', KEYS[1])
+clear_way('set', KEYS[2])
 for i = 3, #KEYS do
+  clear_way('zset', KEYS[i])
+  clear_way('list', prefix .. ':queue:' .. ARGV[i])
   local left = limit - moved - struck_off
   local due = left > 0 and redis.call('ZRANGEBYSCORE', KEYS[i], '-inf', now, 'WITHSCORES', 'LIMIT', 0, left) or {}
   for j = 1, #due, 2 do

@@ -13,6 +13,7 @@ import redis
 from rq.rate_limit import RateLimitRegistry
 
 from embedq.producer import keys, scripts
+from embedq.worker.sequels import errors_logged
 
 logger = logging.getLogger("embedq.worker")
 
@@ -60,6 +61,7 @@ class Promoter:
         )
         for rate_limit in rate_limits:
             # RQ's maintenance does it, too, should this worker die here.
-            registry = RateLimitRegistry(rate_limit.decode(), self._client)
-            registry.acquire_and_enqueue(registry.concurrency)
+            with errors_logged("what waits under a rate limit"):
+                registry = RateLimitRegistry(rate_limit.decode(), self._client)
+                registry.acquire_and_enqueue(registry.concurrency)
         return Promoted(moved, wait_ms / 1000 if wait_ms >= 0 else -1.0, struck_off)

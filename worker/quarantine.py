@@ -45,8 +45,7 @@ class Quarantine:
             if group[0].is_last:
                 self._try_alone(group[0], is_stopping)
             else:
-                works = self._tokenize(self._begin(group, None))
-                self._encode([self._stages.ready_job(work) for work in works], is_stopping)
+                self._try_together(group, is_stopping)
             for _ in group:
                 self._claims.popleft()
 
@@ -54,6 +53,13 @@ class Quarantine:
         """The first one if it is on its last attempt, else those before the next that is."""
         before_last = itertools.takewhile(lambda claim: not claim.is_last, self._claims)
         return list(itertools.islice(before_last, GROUP_JOBS)) or [self._claims[0]]
+
+    def _try_together(self, group: Sequence[Claim], is_stopping: Callable[[], bool]) -> None:
+        claims: Sequence[Claim] = self._begin(group, None)
+        while claims and not is_stopping():
+            works, failed, claims = self._stages.tokenize(claims)
+            self._stages.publish(failed)
+            self._encode([self._stages.ready_job(work) for work in works], is_stopping)
 
     def _try_alone(self, claim: Claim, is_stopping: Callable[[], bool]) -> None:
         # Noted before the payload is even decompressed: a death that nobody is charged with would repeat for ever.
@@ -77,7 +83,8 @@ class Quarantine:
         return [claim for claim in claims if claim not in lost]
 
     def _tokenize(self, claims: Sequence[Claim]) -> list[Work]:
-        works, failed = self._stages.tokenize(claims)
+        """One job's texts, if it is still held and can be read."""
+        works, failed = self._stages.tokenize_all(claims)
         self._stages.publish(failed)
         return works
 

@@ -38,7 +38,7 @@ end
 local function recover(id, execution)
   local job = job_after(prefix, id, has_dependents(prefix, id))
   local record = prefix .. ':execution:' .. id .. ':' .. execution
-  local noted = redis.call('HMGET', record, 'worker_name', 'begun')
+  local noted = redis.pcall('HMGET', record, 'worker_name', 'begun') -- of a record of another type nothing is known
   local worker, begun = noted[1] or '', noted[2]
   if job.status == 'started' and not begun and was_tried(id) then
     put_back(prefix, queue, id, 'RPUSH')
@@ -61,6 +61,7 @@ local function recover(id, execution)
   end_execution(prefix, queue, id, execution, worker)
 end
 
+clear_way_for_end(prefix, queue)
 while taken < limit do
   local pairs_here = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', cutoff, 'LIMIT', left_alone, 100)
   if #pairs_here == 0 then

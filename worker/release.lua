@@ -8,13 +8,19 @@
 -- Returns how many were given back; those no longer held are left alone.
 
 local prefix, worker = ARGV[1], ARGV[2]
-local released = 0
+local released, is_clear = 0, {}
 for i = #ARGV - 2, 3, -3 do
   local queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-  if holds(prefix, queue, id, execution) then
+  if not is_clear[queue] then
+    clear_way_for_end(prefix, queue)
+    is_clear[queue] = true
+  end
+  local is_held = holds(prefix, queue, id, execution)
+  -- First, since a full server refuses a script that begins with a write which may take memory, and no other.
+  end_execution(prefix, queue, id, execution, worker)
+  if is_held then
     put_back(prefix, queue, id, 'LPUSH')
     released = released + 1
   end
-  end_execution(prefix, queue, id, execution, worker)
 end
 return released

@@ -10,8 +10,12 @@
 -- Returns 'queued' or 'scheduled'; false where nothing was to do. The same call again finds the job finished no longer.
 
 local id = ARGV[1]
+clear_way('set', KEYS[2])
+clear_way('zset', KEYS[3])
+clear_way('zset', KEYS[4])
+clear_way('list', ARGV[2])
 local fields = redis.call('HMGET', KEYS[1], 'status', 'repeats_left', 'repeat_intervals', 'ttl')
-local left = tonumber(fields[2] or '') or 0
+local left = seconds(fields[2], 0)
 if fields[1] ~= 'finished' or left < 1 then
   return false
 end

@@ -24,15 +24,17 @@ from rq.rate_limit import release_slot
 
 from embedq.producer import keys, scripts, wire
 from embedq.producer.connection import is_passing
-from embedq.producer.errors import JobFailedError
 from embedq.producer.serializer import EmbedSerializer
 from embedq.producer.status import JobStatus
 from embedq.worker.callbacks import PATIENCE_S, Call, CallbackThread
+from embedq.worker.foreign_jobs import ForeignJob
 
 logger = logging.getLogger("embedq.worker")
 
 #: Seconds after a job's end at which its worker must have died if what follows is not done.
 ORPHANED_S = 120
+#: Jobs that may wait for one; RQ has all of their ids in memory at once. A client asks for far fewer.
+MAX_DEPENDENTS = 100_000
 #: Seconds between two looks for such jobs, and jobs of one queue that one look takes up.
 LOOK_EVERY_S, ORPHANS = 10.0, 20
 
@@ -84,7 +86,7 @@ class Sequels:
         self._next_look = time.monotonic() + LOOK_EVERY_S
         found = self._orphans(keys=list(map(keys.sequels, self._queues)), args=[ORPHANED_S, ORPHANS])
         for place, job_id in zip(found[::2], found[1::2], strict=True):
-            self.follow_all(self._queues[place - 1], [job_id.decode()])
+            self.follow_all(self._queues[place - 1], [job_id.decode(errors="replace")])
 
     def report(self, job_id: str, reason: bytes) -> None:
         """RQ's exception handlers, for each attempt that failed; `reason` as RQ stores it."""
@@ -95,18 +97,25 @@ class Sequels:
 
     def _settle(self, queue_name: str, job_id: str) -> Job:
         """Everything but the callback."""
-        job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
+        job = ForeignJob.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
         status = job.get_status(refresh=False)
         if status in (JobStatus.FINISHED.value, JobStatus.FAILED.value):
             with errors_logged(f"the dependents of job {job_id}"):
-                Queue(queue_name, connection=self._client, serializer=EmbedSerializer).enqueue_dependents(job)
+                self._enqueue_dependents(queue_name, job)
         # One that repeats at once keeps its slot, as RQ has it.
         if not (status == JobStatus.FINISHED.value and job.repeats_left and self._repeats_now(queue_name, job_id)):
             release_slot(job)
         return job
 
+    def _enqueue_dependents(self, queue_name: str, job: Job) -> None:
+        if self._client.scard(keys.dependents(job.id)) > MAX_DEPENDENTS:
+            logger.warning("job %s has more than %d dependents; they stay deferred", job.id, MAX_DEPENDENTS)
+            return
+        queue = Queue(queue_name, connection=self._client, serializer=EmbedSerializer, job_class=ForeignJob)
+        queue.enqueue_dependents(job)
+
     def _report_arguments(self, job_id: str, reason: bytes) -> tuple[Any, ...]:
-        job = Job.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
+        job = ForeignJob.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
         return job, *_exc_info(wire.decode_exc_string(reason))
 
     def _call_back(self, job: Job, patience_s: float) -> None:
@@ -131,9 +140,11 @@ def errors_logged(what: str) -> Iterator[None]:
     except NoSuchJobError:
         return
     except Exception as err:
-        if isinstance(err, redis.RedisError) and is_passing(err):
+        if isinstance(err, redis.RedisError) and is_passing(err) and "WRONGTYPE" not in str(err):
             raise
-        logger.exception("%s could not be done", what)
+        # Its text may quote what stands in the job.
+        logger.warning("%s could not be done: %s", what, type(err).__name__)
+        logger.debug("the error", exc_info=True)
 
 
 def _callback(job: Job) -> tuple[str | None, int, Callable[[Job], tuple[Any, ...]]]:
@@ -154,9 +165,9 @@ def _success_arguments(job: Job) -> tuple[Any, ...]:
 
 
 def _failure_arguments(job: Job) -> tuple[Any, ...]:
-    result = job.latest_result()
-    exc_string = result.exc_string if result else None
-    return job, job.connection, *_exc_info(JobFailedError.parse(exc_string or ""))
+    entries: Any = job.connection.xrevrange(keys.results(job.id), count=1)
+    exc_string = entries[0][1].get(b"exc_string", b"") if entries else b""
+    return job, job.connection, *_exc_info(wire.decode_exc_string(exc_string))
 
 
 def _stopped_arguments(job: Job) -> tuple[Any, ...]:

@@ -42,6 +42,8 @@ class WorkerSettings:
     lease_s: float = 60.0
     #: seconds from SIGTERM to the end
     grace_s: float = 25.0
+    #: seconds for which a worker that starts waits for Redis; None: for good, 0: not at all
+    startup_timeout_s: float | None = None
     #: seconds that encoding or tokenizing one micro-batch may take before the worker counts as hanging and leaves
     encode_timeout_s: float = 120.0
     #: jobs of one claim, however small they are
@@ -77,6 +79,8 @@ class WorkerSettings:
             raise ConfigurationError(f"grace_s must be 0 to 86400 seconds, not {self.grace_s:g}")
         if not 1 <= self.encode_timeout_s <= 86_400:
             raise ConfigurationError(f"encode_timeout_s must be 1 to 86400 seconds, not {self.encode_timeout_s:g}")
+        if self.startup_timeout_s is not None and not 0 <= self.startup_timeout_s <= 86_400:
+            raise ConfigurationError(f"startup_timeout_s must be 0 to 86400 seconds, not {self.startup_timeout_s:g}")
         for name in self.allow_callbacks:
             if "." not in name or not all(part.isidentifier() for part in name.split(".")):
                 raise ConfigurationError(f"allow_callbacks must be dotted names such as app.hooks.done, not {name!r}")
@@ -119,7 +123,8 @@ def _read_names(text: str) -> tuple[str, ...]:
 
 _NUMBERS: dict[str, Any] = {
     **dict.fromkeys(("max_batch_tokens", "max_claim_jobs", "prefetch_batches"), int),
-    **dict.fromkeys(("lease_s", "grace_s", "encode_timeout_s", "linger_ms", "max_latency_ms"), float),
+    **dict.fromkeys(("lease_s", "grace_s", "startup_timeout_s", "encode_timeout_s"), float),
+    **dict.fromkeys(("linger_ms", "max_latency_ms"), float),
 }
 _SWITCHES: dict[str, Any] = {"warm_up": _read_switch, "allow_tf32": _read_switch}
 _NAMES: dict[str, Any] = {"allow_callbacks": _read_names}

@@ -35,6 +35,9 @@ T = TypeVar("T")
 
 #: Seconds between two attempts to publish to a Redis that cannot serve: the first, and the longest.
 RETRY_FIRST_S, RETRY_LONGEST_S = 0.5, 4.0
+#: Characters of texts that are in memory together while they are tokenized, and one job's more. Compressed, a
+#: thousandth of it is claimed.
+SLICE_CHARS = 4_000_000
 #: The failure's code of a job that is another's by now, or canceled: nobody is told.
 LOST = "lost"
 
@@ -67,17 +70,33 @@ class WorkerStages:
         self.num_finished = 0
         self.num_failed = 0
 
-    def tokenize(self, claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome]]:
+    def tokenize_all(self, claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome]]:
         """What cannot be read or done fails here, each job alone."""
+        works: list[Work] = []
+        failed: list[Outcome] = []
+        while claims:
+            some, some_failed, claims = self.tokenize(claims)
+            works += some
+            failed += some_failed
+        return works, failed
+
+    def tokenize(self, claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome], Sequence[Claim]]:
+        """The first of the claims, as far as their texts go together in memory, and the claims that are left."""
         failed: list[Outcome] = []
         readable: list[Claim] = []
         requests: list[EmbedRequest] = []
+        chars = num_read = 0
         for claim in claims:
             try:
-                requests.append(wire.decode_request(claim.data))
+                request = _read_request(claim)
+                requests.append(request)
                 readable.append(claim)
+                chars += sum(map(len, request.texts))
             except WireError as err:
                 failed.append(Outcome.failed(claim, JobFailedError(str(err), code=err.code)))
+            num_read += 1
+            if chars >= SLICE_CHARS:
+                break
         works: list[Work] = []
         with self._watchdog.watching(readable):
             of_requests = self._engine.tokenize_all(requests)
@@ -86,9 +105,11 @@ class WorkerStages:
                 failed.append(Outcome.failed(claim, tokenized))
             else:
                 tokenized.tag, tokenized.queued_s = claim, claim.queued_s
+                # Nobody needs the texts any more, which may be far more than the bytes that were claimed.
+                tokenized.request = EmbedRequest([], tokenized.request.options)
                 works.append(tokenized)
         self._budget.learn(sum([len(work.tag.data) for work in works]), sum([sum(work.lengths) for work in works]))
-        return works, failed
+        return works, failed, claims[num_read:]
 
     def one_by_one(self, claim: Claim) -> list[EmbedRequest]:
         """A job's texts as requests of their own; of what cannot be read none: `tokenize` says why."""
@@ -161,6 +182,13 @@ class WorkerStages:
             logger.warning("failed jobs: %d, code %s", number, code)
         for outcome in failed:
             logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
+
+
+def _read_request(claim: Claim) -> EmbedRequest:
+    """Raises WireError."""
+    if claim.refused_bytes:
+        raise WireError(f"the job's data has {claim.refused_bytes:,} bytes; at most {wire.MAX_DATA_BYTES:,} go")
+    return wire.decode_request(claim.data)
 
 
 def blamed(on_device: Sequence[Piece] | Sequence[Claim], code: str, message: str) -> list[Outcome]:

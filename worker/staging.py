@@ -13,6 +13,8 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError
 
+from embedq.producer.scripts import LOADS
+
 #: Values from so many bytes on are sent as they are; below, a copy costs less than a call of the system.
 SEND_APART_BYTES = 8 * 1024
 
@@ -30,11 +32,12 @@ class StagedScript:
 
         Raises redis-py's errors; nothing of the transaction was done then, or all of it.
         """
-        try:
-            return self._send(streams, args)
-        except NoScriptError:
-            self._client.script_load(self._script.script)
-            return self._send(streams, args)
+        for _ in range(LOADS):
+            try:
+                return self._send(streams, args)
+            except NoScriptError:
+                self._client.script_load(self._script.script)
+        return self._send(streams, args)
 
     def _send(self, streams: Sequence[tuple[str, Sequence[Any]]], args: Sequence[Any]) -> Any:
         commands: list[Sequence[Any]] = [

@@ -12,12 +12,14 @@
 -- Returns 0: held no longer, nothing changed; 1: stopped, now or by the same call before.
 
 local prefix, worker, queue, id, execution = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+clear_way_for_end(prefix, queue)
 local job = job_after(prefix, id, has_dependents(prefix, id))
 if not holds(prefix, queue, id, execution) then
   return job.status == 'stopped' and 1 or 0
 end
 
-local created = redis.call('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'created_at') or clock()
+local created = redis.pcall('HGET', prefix .. ':execution:' .. id .. ':' .. execution, 'created_at')
+created = type(created) == 'string' and created or clock()
 local ttl = kept_for(job, seconds(job.failure_ttl, tonumber(ARGV[7])))
 if ttl == 0 then
   delete_job(prefix, id)

@@ -15,8 +15,9 @@ from typing import Any
 
 import redis
 
-#: Seconds after which the server ends a wait by itself, so that a connection that died silently is noticed.
-SERVER_TIMEOUT_S = 20
+#: Seconds after which the server ends a wait by itself, and seconds beyond in which the answer must have come: so a
+#: connection that died silently is noticed.
+SERVER_TIMEOUT_S, ANSWER_S = 20, 5
 
 
 class QueueWaiter:
@@ -25,8 +26,9 @@ class QueueWaiter:
     def __init__(self, client: redis.Redis, queue_keys: Sequence[str]) -> None:
         self._pool: Any = client.connection_pool
         self._queue_keys = list(queue_keys)
-        #: connections on which a BLMOVE is under way
+        #: connections on which a BLMOVE is under way, and since when
         self._waiting: dict[str, Any] = {}
+        self._since_s: dict[str, float] = {}
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
@@ -36,8 +38,7 @@ class QueueWaiter:
         try:
             return self._wait(timeout_s)
         except BaseException:
-            # Whatever the connections were in the middle of, they are not used again.
-            self._disconnect()
+            self.forget()
             raise
 
     def wake(self) -> None:
@@ -46,8 +47,15 @@ class QueueWaiter:
         with contextlib.suppress(OSError):
             os.write(self._wake_writer, b"w")
 
+    def forget(self) -> None:
+        """Begins anew with the next wait: whatever the connections were in the middle of, they are not used again."""
+        for connection in self._waiting.values():
+            connection.disconnect()
+            self._pool.release(connection)
+        self._waiting.clear()
+
     def close(self) -> None:
-        self._disconnect()
+        self.forget()
         reader, writer = self._wake_reader, self._wake_writer
         # A signal may still come, when the numbers belong to other files.
         self._wake_reader = self._wake_writer = -1
@@ -60,6 +68,7 @@ class QueueWaiter:
             for key in self._queue_keys:
                 if key not in self._waiting:
                     self._waiting[key] = self._send(key)
+                    self._since_s[key] = time.monotonic()
             # redis-py has no public way to wait for several connections; `_sock` is in every kind it has.
             sockets = {connection._sock.fileno(): key for key, connection in self._waiting.items()}
             left_s = max(0.0, deadline - time.monotonic())
@@ -69,11 +78,18 @@ class QueueWaiter:
                 poll.register(descriptor, select.POLLIN)
             readable = [descriptor for descriptor, _ in poll.poll(left_s * 1000)]
             if not readable:
+                self._check_silence()
                 return False
             found = [self._receive(sockets[descriptor]) for descriptor in readable if descriptor in sockets]
             if any(found) or self._wake_reader in readable:
                 self._drain()
                 return any(found)
+
+    def _check_silence(self) -> None:
+        """Raises redis.TimeoutError where the server should have ended a wait long ago."""
+        latest = time.monotonic() - SERVER_TIMEOUT_S - ANSWER_S
+        if any(self._since_s[key] < latest for key in self._waiting):
+            raise redis.TimeoutError("Redis does not end a wait that is over")
 
     def _send(self, key: str) -> Any:
         connection = self._pool.get_connection()
@@ -82,9 +98,16 @@ class QueueWaiter:
 
     def _receive(self, key: str) -> bool:
         """Whether the wait that ended found a job, rather than the server's timeout."""
-        connection = self._waiting.pop(key)
+        connection = self._waiting[key]
+        if not connection.can_read(timeout=0):
+            return False  # a word of TLS, and no answer
+        del self._waiting[key]
         try:
             return connection.read_response() is not None
+        except redis.ResponseError as err:
+            if "WRONGTYPE" not in str(err):
+                raise
+            return True  # something else under the queue's name: the claim clears the way
         except BaseException:
             connection.disconnect()
             raise
@@ -94,9 +117,3 @@ class QueueWaiter:
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_reader, 1024)
-
-    def _disconnect(self) -> None:
-        for connection in self._waiting.values():
-            connection.disconnect()
-            self._pool.release(connection)
-        self._waiting.clear()

@@ -23,10 +23,11 @@ from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.exceptions import StopRequested
 from rq.logutils import setup_loghandlers
 from rq.rate_limit import RateLimitRegistry
+from rq.registry import ReadyJobRegistry
 from rq.utils import now
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
-from embedq.producer.connection import is_passing
+from embedq.producer.connection import SOCKET_TIMEOUT_S, is_passing
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.serializer import EmbedSerializer
 from embedq.worker.callbacks import CallbackThread
@@ -35,6 +36,7 @@ from embedq.worker.commands import CommandHandler, survive
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
+from embedq.worker.foreign_jobs import ForeignJob
 from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.memory import keep_freed_memory, rare_collections
@@ -45,6 +47,7 @@ from embedq.worker.quarantine import Quarantine
 from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.stages import WorkerStages, blamed
+from embedq.worker.startup import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, leaving_at_once, until_served
 from embedq.worker.waiting import QueueWaiter
 from embedq.worker.watchdog import Watchdog
 
@@ -59,8 +62,6 @@ GATHER_SHARE = 1 / 8
 #: Seconds for which one thread may keep the others from running Python. The device's needs it after every operator,
 #: and must not wait for Python's default, 5 ms, each time that another is at work.
 SWITCH_INTERVAL_S = 0.0005
-#: Seconds between attempts to reach a Redis that cannot serve: the first, and the longest.
-RECONNECT_FIRST_S, RECONNECT_LONGEST_S = 0.5, 10.0
 #: Two signals within so many seconds are one: Ctrl-C reaches a process group twice.
 SAME_SIGNAL_S = 1.0
 #: Seconds that a hanging Redis may cost beyond the grace.
@@ -98,7 +99,17 @@ class EmbedWorker(SimpleWorker):
         super().__init__(queues, *args, **kwargs)
         self._given_settings = settings
         self._stop_asked_at: float | None = None
+        self._stop_signal: int | None = None
         self._grace_timer: threading.Timer | None = None
+
+    def _set_connection(self, connection: redis.Redis) -> redis.Redis:
+        """RQ would raise the time limit of every command to seven minutes, for a command that blocks. None of ours does
+        without looking after itself, and a Redis that hangs must be noticed within a lease.
+        """
+        options = connection.connection_pool.connection_kwargs
+        if options.get("socket_timeout") is None:
+            options["socket_timeout"] = SOCKET_TIMEOUT_S
+        return connection
 
     # --- RQ's entry point
 
@@ -115,7 +126,8 @@ class EmbedWorker(SimpleWorker):
     ) -> bool:
         """Works until it is stopped; in `burst` mode until the queues are empty. True if any job was done.
 
-        Raises ModelError, ConfigurationError and redis-py's errors before it has registered itself.
+        Raises ModelError, ConfigurationError and redis-py's errors before it has registered itself; SIGTERM and Ctrl-C
+        end it at once until then.
         """
         self.settings = self._given_settings or WorkerSettings.from_environment()
         self._dequeue_strategy = dequeue_strategy
@@ -124,6 +136,7 @@ class EmbedWorker(SimpleWorker):
                 # It forks, which must come before the encoder's threads.
                 self._start_scheduler(burst, logging_level, date_format, log_format)
                 on_exit.callback(self._stop_scheduler)
+            on_exit.enter_context(leaving_at_once())
             self._prepare()
             on_exit.callback(self.waiter.close)
             self.callbacks.start()
@@ -197,7 +210,12 @@ class EmbedWorker(SimpleWorker):
 
     def _register(self, logging_level: str | None, date_format: str, log_format: str) -> None:
         try:
-            self.bootstrap(logging_level, date_format, log_format)
+            until_served(
+                self.connection,
+                lambda: self.bootstrap(logging_level, date_format, log_format),
+                self.settings.startup_timeout_s,
+                self._sleep_or_leave,
+            )
         except ValueError as err:
             raise ConfigurationError(f"{err}; choose another --name") from err
         encoder = self.engine.encoder
@@ -206,6 +224,19 @@ class EmbedWorker(SimpleWorker):
             *(self.name, encoder.name, encoder.placement, ", ".join(self.queue_names())),
             *(self.engine.max_batch_tokens, self.settings.lease_s),
         )
+
+    def register_birth(self) -> None:
+        """As RQ's, for several attempts: the name that one of them finds taken may have been by the one before."""
+        if self.birth_date is None:
+            super().register_birth()
+        else:
+            self._write_registration()
+
+    def _sleep_or_leave(self, seconds: float) -> None:
+        """Between two attempts to register there is nothing to finish."""
+        self._sleep(seconds)
+        if self._stop_signal is not None:
+            raise SystemExit(128 + self._stop_signal)
 
     def _leave(self) -> None:
         """Gives back what is claimed and unregisters. A Redis that is gone does not hide why the worker ends."""
@@ -279,6 +310,7 @@ class EmbedWorker(SimpleWorker):
                 if not is_passing(err):
                     raise
                 logger.warning("Redis cannot serve (%s); trying again in %.1f s", err, reconnect_s)
+                self.waiter.forget()
                 self._sleep(reconnect_s)
                 reconnect_s = min(2 * reconnect_s, RECONNECT_LONGEST_S)
         while not self._stop_requested and not self.pipeline.wait_until_empty(IDLE_S):
@@ -373,7 +405,9 @@ class EmbedWorker(SimpleWorker):
             if queue.acquire_maintenance_lock():
                 queue.finished_job_registry.cleanup()
                 queue.failed_job_registry.cleanup()
-                queue.ready_job_registry.cleanup()
+                ReadyJobRegistry(
+                    queue.name, queue.connection, job_class=ForeignJob, serializer=EmbedSerializer
+                ).cleanup()
                 for rate_limit in RateLimitRegistry.all(queue.connection):
                     rate_limit.cleanup()
                 worker_registration.clean_worker_registry(queue)
@@ -403,6 +437,9 @@ class EmbedWorker(SimpleWorker):
         if self._stop_requested or self.birth_date is None:
             return
         logger.warning("Redis has forgotten this worker; it registers again")
+        self._write_registration()
+
+    def _write_registration(self) -> None:
         fields: Any = self.serialize()
         with self.connection.pipeline() as pipeline:
             pipeline.hset(self.key, mapping=fields)
@@ -412,7 +449,9 @@ class EmbedWorker(SimpleWorker):
             pipeline.execute()
 
     def subscribe(self) -> None:
-        """As RQ's, with a thread that ends in a quarter of a second instead of a whole one."""
+        """As RQ's, once, with a thread that ends in a quarter of a second instead of a whole one."""
+        if self.pubsub_thread is not None:
+            return
         pubsub = self.pubsub = self.connection.pubsub()
         pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
         self.pubsub_thread: Any = pubsub.run_in_thread(sleep_time=0.25, daemon=True, exception_handler=survive)
@@ -431,7 +470,7 @@ class EmbedWorker(SimpleWorker):
         """First signal: finish the micro-batch on the device, give the rest back, exit. A second one: at once."""
         asked_at = time.monotonic()
         if self._stop_asked_at is None:
-            self._stop_asked_at = asked_at
+            self._stop_asked_at, self._stop_signal = asked_at, signum
             self._end_claiming()
             self.pipeline.ask_to_stop()
             self._grace_timer = threading.Timer(self.settings.grace_s, self._end_of_grace)

@@ -116,7 +116,8 @@ def test_token_output_goes_into_every_format_that_can_hold_it(
 def test_options_of_chunking_and_bytes_reach_the_job(embedq: Shell, queue: EmbedQueue, drain: Drain) -> None:
     embedq.environment |= {"EMBEDQ_CHUNK_OVERLAP": "50", "EMBEDQ_PRECISION": "uint8"}
     job_id = embedq("enqueue", "--chunk", "word " * 1000).stdout.strip()
-    assert b"chunk_overlap" in wire._decompress(queue._redis.hget(keys.job(job_id), "data"))
+    data = queue._redis.hget(keys.job(job_id), "data")
+    assert b"chunk_overlap" in wire.inflate(data, wire.MAX_REQUEST_BYTES)
     drain()
     document = json.loads(embedq("result", job_id, "--format", "json").stdout)
     assert (document["num_tokens"], document["truncated"], document["calibration"]) == ([1002], [False], "unit")
@@ -235,7 +236,7 @@ def test_info_shows_queues_and_workers_without_changing_anything(embedq: Shell, 
         (["worker", ""], 2, "error: the queue's name must be a string that is not empty"),
         (["enqueue", "x", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
         (["info", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
-        (["worker", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
+        (["worker", "--startup-timeout-s", "0", "--url", "redis://127.0.0.1:1"], 5, "error: no Redis at 127.0.0.1:1/0"),
         (["enqueue", "x", "--url", "http://h"], 2, "error: http://... is no Redis URL; write redis://"),
         (["worker", "--lease-s", "0"], 2, "error: lease_s must be 1 to 86400"),
         (["worker", "--model", "noop:0"], 6, "error: noop:0"),

@@ -36,14 +36,14 @@ class Recorder:
         for gate in self.gates.values():
             gate.set()
 
-    def tokenize(self, claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome]]:
+    def tokenize(self, claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome], Sequence[Claim]]:
         self.gates["tokenize"].wait(20)
         works = []
         for found in claims:
             work = self.engine.tokenize(EmbedRequest(found.data.decode().split("/"), EmbedOptions()))
             work.tag = found
             works.append(work)
-        return works, []
+        return works, [], []
 
     def ready_job(self, work: Work) -> ReadyJob:
         return work.ready()

@@ -387,7 +387,12 @@ def make_replica(server: Any, begin: bool) -> None:
     server.replicaof(*(("127.0.0.1", "1") if begin else ("no", "one")))
 
 
-@pytest.mark.parametrize("fault", [fill_up, make_replica])
+def demand_replicas(server: Any, begin: bool) -> None:
+    """As a master that is cut off from its replicas, and told to lose nothing."""
+    server.config_set("min-replicas-to-write", "1" if begin else "0")
+
+
+@pytest.mark.parametrize("fault", [fill_up, make_replica, demand_replicas])
 def test_a_redis_that_refuses_for_a_while_costs_no_job(
     queue: EmbedQueue, start: Start, fault: Callable[[Any, bool], None]
 ) -> None:

@@ -1,0 +1,186 @@
+"""Clients that ask Sentinel where the master is, each time they connect: `redis+sentinel://` URLs.
+
+Knows redis-py's Sentinel classes, made to close what they opened and to say in one line why there is no master; how a
+URL is read is in `sentinel_url`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import redis
+import redis.asyncio
+import redis.asyncio.sentinel
+import redis.connection
+import redis.sentinel
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError
+
+from embedq.producer import sentinel_url
+from embedq.producer.redis_connections import (
+    LeavesReplicas,
+    LeavesReplicasAsync,
+    ShakesHands,
+    ShakesHandsAsync,
+    TLSRefusedError,
+    tls_refusal,
+)
+from embedq.producer.sentinel_url import SentinelUrl
+
+#: Seconds that one Sentinel may take to connect, and to answer: then the next one is asked.
+SENTINEL_TIMEOUT_S = 2.0
+
+
+class _AsksSentinel:
+    """Asks again also where redis-py sends a command anew on a connection that broke: by itself it would go to the same
+    address."""
+
+    def send_packed_command(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._sock is None:
+            self.connect()
+        return super().send_packed_command(*args, **kwargs)  # type: ignore[misc]
+
+
+class _AsksSentinelAsync:
+    async def send_packed_command(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_connected:
+            await self.connect()
+        return await super().send_packed_command(*args, **kwargs)  # type: ignore[misc]
+
+
+class _MasterConnection(LeavesReplicas, _AsksSentinel, redis.sentinel.SentinelManagedConnection):
+    pass
+
+
+class _TLSMasterConnection(ShakesHands, LeavesReplicas, _AsksSentinel, redis.sentinel.SentinelManagedSSLConnection):
+    pass
+
+
+class _AsyncMasterConnection(LeavesReplicasAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedConnection):
+    pass
+
+
+class _AsyncTLSMasterConnection(
+    ShakesHandsAsync, LeavesReplicasAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedSSLConnection
+):
+    pass
+
+
+class _Sentinels(redis.sentinel.Sentinel):
+    """As redis-py's, but for the error: where none names a master it says why in one line."""
+
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        errors: list[redis.RedisError] = []
+        for place, sentinel in enumerate(self.sentinels):
+            try:
+                masters: Any = sentinel.sentinel_masters()
+            except (redis.ConnectionError, redis.TimeoutError) as err:
+                errors.append(err)
+                continue
+            state = masters.get(service_name)
+            if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
+                self.sentinels.insert(0, self.sentinels.pop(place))
+                return state["ip"], state["port"]
+        raise _no_master(service_name, errors)
+
+
+class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        errors: list[redis.RedisError] = []
+        for place, sentinel in enumerate(self.sentinels):
+            try:
+                masters: Any = await sentinel.sentinel_masters()
+            except (redis.ConnectionError, redis.TimeoutError) as err:
+                errors.append(err)
+                continue
+            state = masters.get(service_name)
+            if state and self.check_master_state(state, service_name):
+                self.sentinels.insert(0, self.sentinels.pop(place))
+                return state["ip"], state["port"]
+        raise _no_master(service_name, errors)
+
+
+class _MasterPool(redis.sentinel.SentinelConnectionPool):
+    """Closes the connections to the Sentinels with its own."""
+
+    def disconnect(self, inuse_connections: bool = True) -> None:
+        super().disconnect(inuse_connections)
+        if inuse_connections:
+            for sentinel in self.sentinel_manager.sentinels:
+                sentinel.close()
+
+
+class _AsyncMasterPool(redis.asyncio.sentinel.SentinelConnectionPool):
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            for sentinel in self.sentinel_manager.sentinels:
+                await sentinel.aclose()
+
+
+def connect(url: str, settings: Mapping[str, Any]) -> redis.Redis:
+    """`settings` are the connections' to the master; the URL's go before. Raises as `sentinel_url.parse`."""
+    parsed = sentinel_url.parse(url)
+    settings = {**settings, **_options(parsed)}
+    asked = {**_asking(parsed, settings), "retry": Retry(NoBackoff(), 0)}
+    sentinels: Any = _Sentinels(parsed.sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    client: redis.Redis = sentinels.master_for(
+        parsed.service,
+        connection_pool_class=_MasterPool,
+        connection_class=_TLSMasterConnection if parsed.is_tls else _MasterConnection,
+        **settings,
+    )
+    return client
+
+
+def connect_async(url: str, settings: Mapping[str, Any]) -> redis.asyncio.Redis:
+    """The same to be awaited."""
+    parsed = sentinel_url.parse(url)
+    settings = {**settings, **_options(parsed)}
+    asked = {**_asking(parsed, settings), "retry": AsyncRetry(NoBackoff(), 0)}
+    sentinels: Any = _AsyncSentinels(parsed.sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    client: redis.asyncio.Redis = sentinels.master_for(
+        parsed.service,
+        connection_pool_class=_AsyncMasterPool,
+        connection_class=_AsyncTLSMasterConnection if parsed.is_tls else _AsyncMasterConnection,
+        **settings,
+    )
+    return client
+
+
+def describe(pool: Any) -> str | None:
+    """`mymaster/0 by Sentinel at HOST:PORT, HOST:PORT`; None for a pool of another kind."""
+    if not isinstance(pool, (redis.sentinel.SentinelConnectionPool, redis.asyncio.sentinel.SentinelConnectionPool)):
+        return None
+    asked = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
+    places = sorted(f"{each['host']}:{each['port']}" for each in asked)
+    return f"{pool.service_name}/{pool.connection_kwargs.get('db') or 0} by Sentinel at {', '.join(places)}"
+
+
+def _options(url: SentinelUrl) -> dict[str, Any]:
+    """What redis-py reads off the master's URL, but for its address."""
+    read_url: Any = redis.connection.parse_url
+    address = ("host", "port", "connection_class")
+    return {name: value for name, value in read_url(url.master_url).items() if name not in address}
+
+
+def _asking(url: SentinelUrl, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How each Sentinel is reached: by TLS where the master is, as itself and with its own credentials."""
+    asked: dict[str, Any] = {"socket_connect_timeout": SENTINEL_TIMEOUT_S, "socket_timeout": SENTINEL_TIMEOUT_S}
+    if url.is_tls:
+        asked |= {"ssl": True, **{name: value for name, value in settings.items() if name.startswith("ssl_")}}
+    return {**asked, **url.credentials}
+
+
+def _no_master(service: str, errors: Sequence[redis.RedisError]) -> redis.RedisError:
+    """`errors`: what asking a Sentinel ended in, where it could not be asked."""
+    for err in errors:
+        if isinstance(err, redis.AuthenticationError):
+            return redis.AuthenticationError("a Sentinel refuses sentinel_username and sentinel_password")
+        if refusal := tls_refusal(err):
+            return TLSRefusedError(f"a Sentinel: {refusal}")
+    asked = "no Sentinel that can be reached" if errors else "no Sentinel"
+    return MasterNotFoundError(f"{asked} names a live master of the service {service!r}")
