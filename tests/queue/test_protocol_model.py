@@ -46,6 +46,8 @@ WORLDS = {
     "retries after an interval": Plan(
         (JobPlan(1, is_delayed=True), JobPlan(1)), Mishaps(overruns=1), outcomes=("retry",)
     ),
+    "a death, an overrun and a lost reply": Plan(TWO, Mishaps(kills=1, overruns=1, lost_replies=1)),
+    "a killer, a death and an overrun": Plan((KILLER, JobPlan(1)), Mishaps(kills=1, overruns=1)),
     "one job, everything at once": Plan((JobPlan(1),), Mishaps(1, 1, 1, 1, 1, 0, 1), outcomes=("finished", "retry")),
 }
 #: Worlds in which only killers kill.
