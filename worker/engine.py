@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -27,7 +28,7 @@ from embedq.producer.errors import JobFailedError
 from embedq.producer.options import EmbedOptions
 from embedq.producer.wire import EmbedRequest
 from embedq.worker.failures import job_failure
-from embedq.worker.isolation import Isolation
+from embedq.worker.isolation import Isolation, Watching
 from embedq.worker.planning import ReadyJob, ReadyTexts
 
 #: Bytes that the vectors of one job with token output may have.
@@ -140,12 +141,18 @@ Finished = Embeddings | JobFailedError
 class Engine:
     """Drives one encoder."""
 
-    def __init__(self, encoder: Encoder, max_batch_tokens: int | None = None, worker_name: str = "") -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        max_batch_tokens: int | None = None,
+        worker_name: str = "",
+        watching: Watching = nullcontext,
+    ) -> None:
         self.encoder = encoder
         # An encoder may have found on its device that less fits than was asked for.
         self.max_batch_tokens = min(max_batch_tokens or encoder.max_batch_tokens, encoder.max_batch_tokens)
         self.worker_name = worker_name
-        self.isolation = Isolation(encoder, self._encode, self.max_batch_tokens)
+        self.isolation = Isolation(encoder, self._encode, self.max_batch_tokens, watching)
         #: options that this encoder can serve
         self._checked: set[EmbedOptions] = set()
 

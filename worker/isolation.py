@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from embedq.model import DeviceLostError, Encoder, NonFiniteError
@@ -20,18 +21,22 @@ if TYPE_CHECKING:
 
 #: Encodes pieces with an encoder, all of them or none.
 EncodePieces = Callable[[Sequence["Piece"], Encoder], None]
+#: Around every call of the encoder: whoever waits for it wants to know which texts it has.
+Watching = Callable[[Sequence["Piece"]], AbstractContextManager[object]]
 
 logger = logging.getLogger("embedq.worker")
 
 
 class Isolation:
     """Attributes: memory (its budget); oom_splits (micro-batches cut in two because memory ran out); num_in_float32
-    (texts whose vectors were not finite otherwise).
+    (texts whose vectors were not finite otherwise); at_work (the pieces of the latest call of the encoder).
     """
 
-    def __init__(self, encoder: Encoder, encode: EncodePieces, max_batch_tokens: int) -> None:
+    def __init__(self, encoder: Encoder, encode: EncodePieces, max_batch_tokens: int, watching: Watching) -> None:
         self._encoder = encoder
         self._encode = encode
+        self._watching = watching
+        self.at_work: Sequence[Piece] = ()
         self.memory = MemoryBudget(max_batch_tokens)
         self.oom_splits = 0
         self.num_in_float32 = 0
@@ -76,8 +81,10 @@ class Isolation:
 
     def _attempt(self, pieces: Sequence[Piece], encoder: Encoder) -> JobFailedError | None:
         """Why it failed, said of the first text. Not the error: that holds all that the attempt had in memory."""
+        self.at_work = pieces
         try:
-            self._encode(pieces, encoder)
+            with self._watching(pieces):
+                self._encode(pieces, encoder)
         except DeviceLostError:
             raise
         except Exception as err:

@@ -57,7 +57,7 @@ class WorkerStages:
     ) -> None:
         """ranked_queues: the most urgent first; the others count as urgent as the first of them.
 
-        watchdog: watches lists of claims while they are tokenized, and lists of pieces on the device.
+        watchdog: watches lists of claims while they are tokenized; the engine's lists of pieces are its too.
         """
         self._engine = engine
         self._store = store
@@ -138,10 +138,9 @@ class WorkerStages:
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
         try:
-            with self._watchdog.watching(batch):
-                return lost + self._engine.encode(batch)
+            return lost + self._engine.encode(batch)
         except DeviceLostError as err:
-            self._send(blamed(batch, "device_lost", str(err)))
+            self._send(blamed(self._engine.isolation.at_work, err.code, str(err)))
             raise
 
     def publish(self, done: Sequence[Work | Outcome]) -> None:

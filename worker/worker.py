@@ -157,7 +157,8 @@ class EmbedWorker(SimpleWorker):
         keep_freed_memory()
         settings = self.settings
         self.callbacks = CallbackThread(settings.allow_callbacks)
-        self.engine = Engine(load_encoder(settings), settings.max_batch_tokens, self.name)
+        self.watchdog = Watchdog(settings.encode_timeout_s, self._end_hanging)
+        self.engine = Engine(load_encoder(settings), settings.max_batch_tokens, self.name, self.watchdog.watching)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
         self.store = ClaimStore(self.connection, self.name, settings.lease_s)
         self.sequels = Sequels(self.connection, self.queue_names(), self.callbacks, self._exc_handlers)
@@ -180,7 +181,6 @@ class EmbedWorker(SimpleWorker):
         self.turns = QueueTurns()
         # Where the queues take turns, none is more urgent than another.
         ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
-        self.watchdog = Watchdog(settings.encode_timeout_s, self._end_hanging)
         self.stages = WorkerStages(
             self.engine, self.store, self.leases, self.budget, ranked, self.sequels, self.watchdog
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -221,6 +222,22 @@ def test_a_lost_device_ends_the_micro_batch_at_once_and_fails_no_job(call: int) 
         encode_together(engine, works)
     assert len(encoder.batches) == call
     assert all(work.failure is None for work in works)
+
+
+def test_each_call_of_the_encoder_is_watched_by_itself_with_the_texts_it_has() -> None:
+    watched: list[int] = []
+
+    @contextlib.contextmanager
+    def watching(pieces: Sequence[Any]) -> Iterator[None]:
+        watched.append(len(pieces))
+        yield
+
+    engine = Engine(Faulty(capacity=12), watching=watching)
+    works = [engine.tokenize(EmbedRequest([GOOD], EmbedOptions())) for _ in range(8)]
+    assert len(engine.encode([(work, 0) for work in works])) == 8
+    # Eight texts of three tokens: halved once, and from then on as many as fit.
+    assert watched == [8, 4, 4]
+    assert len(engine.isolation.at_work) == 4
 
 
 def test_a_device_that_is_lost_in_float32_is_lost() -> None:
