@@ -1,5 +1,5 @@
 -- Cancels jobs that have not ended yet, whether they wait or run. A worker that holds one loses its hold: what it
--- publishes later changes nothing, and it is told at once, by a command on the channel on which RQ's workers listen.
+-- publishes later changes nothing, and it is told at once, on a channel of its own for this.
 -- Whoever waits for the result is woken by an entry of RQ's type 3 (stopped).
 --
 -- KEYS     none: the keys depend on the jobs
@@ -14,7 +14,7 @@ local prefix, default_ttl, nonce = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 
 -- pcall: a user who may not publish cancels all the same, and the worker learns of it when it publishes.
 local function tell(worker, id)
-  redis.pcall('PUBLISH', prefix .. ':pubsub:' .. worker, cjson.encode({command = 'embedq-cancel', job_id = id}))
+  redis.pcall('PUBLISH', prefix .. ':embedq:cancel:' .. worker, id)
 end
 
 -- Without the right to the workers' records (see users.acl) they are left to the worker, which the job's hash names: it

@@ -39,11 +39,10 @@ DEFAULT_URL = "redis://localhost:6379/0"
 CONNECT_TIMEOUT_S = 5.0
 SOCKET_TIMEOUT_S = 30.0
 #: How Redis says that it cannot serve at the moment: as an error of its own class, or from inside a script of ours
-#: as text, in which some releases leave out the code. WRONGTYPE: somebody put another kind of key under a name of
-#: RQ's, which the next script clears away.
+#: as text, in which some releases leave out the code.
 _PASSING_ERRORS = (redis.ReadOnlyError, redis.OutOfMemoryError, redis.exceptions.MasterDownError)
 _PASSING_REPLIES = re.compile(
-    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED|NOSCRIPT|WRONGTYPE)\b"
+    r"\b(?:OOM|READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|BUSY|TRYAGAIN|UNBLOCKED|NOSCRIPT)\b"
     r"|read only replica|when used memory > 'maxmemory'"
 )
 _FULL = re.compile(r"\bOOM\b|when used memory > 'maxmemory'")
@@ -200,6 +199,11 @@ def is_passing(err: redis.RedisError) -> bool:
     if isinstance(err, (redis.ConnectionError, redis.TimeoutError, TLSTimeoutError, *_PASSING_ERRORS)):
         return True
     return _PASSING_REPLIES.search(str(err)) is not None
+
+
+def is_wrong_type(err: redis.RedisError) -> bool:
+    """Whether somebody put a key of another type under one of RQ's names. Our scripts clear it away."""
+    return "WRONGTYPE" in str(err)
 
 
 def closed() -> QueueConnectionError:

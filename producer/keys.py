@@ -122,6 +122,12 @@ def worker_channel(name: str) -> str:
     return f"{PREFIX}:pubsub:{name}"
 
 
+def cancel_channel(name: str) -> str:
+    """Channel on which a worker is told the ids of jobs that were canceled; ours, and apart from the commands, so that
+    whoever may cancel a job need not be trusted with `shutdown`."""
+    return f"{PREFIX}:embedq:cancel:{name}"
+
+
 def worker_claim(name: str) -> str:
     """The nonce of a worker's last claim; ours, RQ has no such key."""
     return f"{PREFIX}:worker:{name}:claim"

@@ -1,21 +1,20 @@
-"""The commands that RQ publishes to a worker (`rq.command`), and one of ours: a job was canceled.
+"""The commands that RQ publishes to a worker (`rq.command`), and on a channel of ours which jobs were canceled.
 
 Knows payloads. What a command does is given: a callable for each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 logger = logging.getLogger("embedq.worker")
 
-#: Published by cancel.lua to whoever holds the job.
-CANCEL = "embedq-cancel"
 #: Seconds before the next look at a channel that could not be read.
 RETRY_S = 2.0
 
@@ -31,12 +30,13 @@ class CommandHandler:
 
     def handle(self, message: Any) -> None:
         """A message as redis-py gives it. What cannot be read or done is logged."""
-        try:
+        with _logged():
             self._carry_out(json.loads(message["data"]))
-        except Exception as err:
-            # Its text is anybody's.
-            logger.warning("a command on this worker's channel could not be carried out: %s", type(err).__name__)
-            logger.debug("the command's error", exc_info=True)
+
+    def handle_cancel(self, message: Any) -> None:
+        """The same on the other channel, where each message is a job's id."""
+        with _logged():
+            self.on_cancel(message["data"].decode())
 
     def _carry_out(self, payload: Any) -> None:
         command = payload["command"]
@@ -47,12 +47,20 @@ class CommandHandler:
             self.on_stop(_text(payload, "job_id"), None)
         elif command == "stop-execution":
             self.on_stop(_text(payload, "job_id"), _text(payload, "execution_id"))
-        elif command == CANCEL:
-            self.on_cancel(_text(payload, "job_id"))
         elif command == "kill-horse":
             logger.info("told to kill its horse: this worker has none, its jobs share one process")
         else:
             logger.warning("a command on this worker's channel is unknown")
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    try:
+        yield
+    except Exception as err:
+        # Its text is anybody's.
+        logger.warning("a command on this worker's channel could not be carried out: %s", type(err).__name__)
+        logger.debug("the command's error", exc_info=True)
 
 
 def survive(error: BaseException, *_: Any) -> None:

@@ -18,7 +18,7 @@ import redis
 
 from embedq.model import DeviceLostError
 from embedq.producer import wire
-from embedq.producer.connection import is_passing
+from embedq.producer.connection import is_passing, is_wrong_type
 from embedq.producer.errors import JobFailedError, WireError
 from embedq.producer.wire import EmbedRequest
 from embedq.worker.claims import Claim, ClaimStore, Outcome
@@ -209,7 +209,7 @@ def _until_served(action: Callable[[], T], what: str) -> T:
         try:
             return action()
         except redis.RedisError as err:
-            if not is_passing(err):
+            if not is_passing(err) and not is_wrong_type(err):
                 raise
             logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s)
             time.sleep(retry_s)

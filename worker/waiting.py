@@ -15,6 +15,8 @@ from typing import Any
 
 import redis
 
+from embedq.producer.connection import is_wrong_type
+
 #: Seconds after which the server ends a wait by itself, and seconds beyond in which the answer must have come: so a
 #: connection that died silently is noticed.
 SERVER_TIMEOUT_S, ANSWER_S = 20, 5
@@ -105,7 +107,7 @@ class QueueWaiter:
         try:
             return connection.read_response() is not None
         except redis.ResponseError as err:
-            if "WRONGTYPE" not in str(err):
+            if not is_wrong_type(err):
                 raise
             return True  # something else under the queue's name: the claim clears the way
         except BaseException:

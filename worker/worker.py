@@ -27,7 +27,8 @@ from rq.registry import ReadyJobRegistry
 from rq.utils import now
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
-from embedq.producer.connection import SOCKET_TIMEOUT_S, is_passing
+from embedq.producer import keys
+from embedq.producer.connection import SOCKET_TIMEOUT_S, is_passing, is_wrong_type
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.serializer import EmbedSerializer
 from embedq.worker.callbacks import CallbackThread
@@ -307,7 +308,7 @@ class EmbedWorker(SimpleWorker):
             except StopRequested:
                 break
             except redis.RedisError as err:
-                if not is_passing(err):
+                if not is_passing(err) and not is_wrong_type(err):
                     raise
                 logger.warning("Redis cannot serve (%s); trying again in %.1f s", err, reconnect_s)
                 self.waiter.forget()
@@ -453,7 +454,12 @@ class EmbedWorker(SimpleWorker):
         if self.pubsub_thread is not None:
             return
         pubsub = self.pubsub = self.connection.pubsub()
-        pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
+        pubsub.subscribe(
+            **{
+                self.pubsub_channel_name: self.handle_payload,
+                keys.cancel_channel(self.name): self.commands.handle_cancel,
+            }
+        )
         self.pubsub_thread: Any = pubsub.run_in_thread(sleep_time=0.25, daemon=True, exception_handler=survive)
 
     def handle_payload(self, message: Any) -> None:

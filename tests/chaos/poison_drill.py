@@ -46,15 +46,16 @@ POISON_RETRIES = 1
 #: Of the good jobs, the shares of the three parts.
 PARTS = (0.4, 0.2, 0.4)
 #: Seconds: short, as workers die by the dozen. With the default lease it would end the same way, but later.
-LEASE_S, ENCODE_TIMEOUT_S = 1.0, 1.0
-MAX_BATCH_TOKENS = 1024
+LEASE_S, ENCODE_TIMEOUT_S = 1.0, 3.0
+#: So few that windows are measured to a few hundredths: jobs are done by the micro-batch.
+MAX_BATCH_TOKENS = 256
 #: Jobs enqueued, or fetched, in one call.
 CHUNK_JOBS = 1000
 #: Windows in which a part's throughput is measured; the first and the last are left out.
 WINDOWS = 16
 POLL_S = 0.01
 #: Seconds for which a worker may still leave after it has told what its last job came to.
-SETTLE_S = 3.0
+SETTLE_S = 6.0
 #: Seconds without any job done after which the drill gives up.
 SILENCE_S = 120.0
 #: Throughput after the last poison job, of that before the first.

@@ -21,10 +21,11 @@ DOWN_AFTER_MS, FAILOVER_TIMEOUT_MS = 500, 2000
 class ReplicatedRedis:
     """A context manager: `url` asks the Sentinels. `master` and `replica` are as they began."""
 
-    def __init__(self, folder: Path, binary: str, num_sentinels: int = 1) -> None:
+    def __init__(self, folder: Path, binary: str, num_sentinels: int = 1, down_after_ms: int = DOWN_AFTER_MS) -> None:
         self.master, self.replica = (self._server(folder / name, binary) for name in ("master", "replica"))
         self._folder = folder
         self._binary = binary
+        self._down_after_ms = down_after_ms
         self.ports = [free_port() for _ in range(num_sentinels)]
         self._sentinels: list[subprocess.Popen[bytes]] = []
         self._on_exit = contextlib.ExitStack()
@@ -81,7 +82,7 @@ class ReplicatedRedis:
         configuration.write_text(
             f"port {port}\nbind 127.0.0.1\nprotected-mode no\ndir {self._folder}\n"
             f"sentinel monitor {SERVICE} 127.0.0.1 {self.master.port} {quorum}\n"
-            f"sentinel down-after-milliseconds {SERVICE} {DOWN_AFTER_MS}\n"
+            f"sentinel down-after-milliseconds {SERVICE} {self._down_after_ms}\n"
             f"sentinel failover-timeout {SERVICE} {FAILOVER_TIMEOUT_MS}\n"
         )
         with (self._folder / f"sentinel-{port}.log").open("wb") as log:

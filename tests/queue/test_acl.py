@@ -228,13 +228,13 @@ def test_the_commands_work_for_a_producer(served: Served) -> None:
 def test_canceling_a_running_job_without_a_right_to_its_lease_takes_it_from_the_worker(served: Served) -> None:
     with EmbedQueue(served.url("producer")) as queue, connect(served.url("worker")) as theirs:
         listener = theirs.pubsub()
-        listener.subscribe(keys.worker_channel("w"))
+        listener.subscribe(keys.cancel_channel("w"))
         listener.get_message(timeout=5)
         job = queue.enqueue("a text")
         store = ClaimStore(theirs, "w", lease_s=30)
         [claim] = store.claim(["embed"], 1, 10**6).claims
         assert job.cancel()
-        until(lambda: (message := listener.get_message(timeout=1)) and b"embedq-cancel" in message["data"])
+        until(lambda: (message := listener.get_message(timeout=1)) and message["data"] == job.id.encode())
         assert store.renew([claim], 60).lost == [claim]
         assert served.admin.zcard(keys.started("embed")) == 0
         assert served.admin.keys("rq:execution*") == []
@@ -293,7 +293,12 @@ FORBIDDEN = {
         *(("FLUSHALL",), ("CONFIG", "GET", "*"), ("KEYS", "*"), ("DEBUG", "SLEEP", "0"), ("SHUTDOWN",), ("SCAN", "0")),
         *(("GET", "other"), ("HGETALL", "session:1"), ("SMEMBERS", "other"), ("XREAD", "STREAMS", "other", "0")),
         *(("SET", "other", "1"), ("MGET", "other"), ("DEL", "other"), ("PUBLISH", "other", "x"), ("SUBSCRIBE", "x")),
-        *(("HSET", "rq:worker:w", "state", "busy"), ("DEL", "rq:worker:w"), ("SADD", "rq:workers", "x")),
+        *(
+            ("HSET", "rq:worker:w", "state", "busy"),
+            ("PUBLISH", "rq:pubsub:w", '{"command": "shutdown"}'),
+            ("DEL", "rq:worker:w"),
+            ("SADD", "rq:workers", "x"),
+        ),
         *(("ZADD", "rq:wip:embed", "1", "a:b"), ("ZREM", "rq:wip:embed", "a:b"), ("DEL", "rq:wip:embed")),
         *(
             ("HSET", "rq:execution:a:b", "x", "y"),

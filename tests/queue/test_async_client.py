@@ -505,7 +505,7 @@ def test_what_cannot_work_is_told_at_once(url: str) -> None:
         async with connect_async(url) as admin:
             await admin.execute_command("ACL", "SETUSER", "nobody", "reset", "on", ">pw", "-@all")
         async with AsyncEmbedQueue(connection=connect_async(url, username="nobody", password="pw")) as queue:
-            with pytest.raises(QueueAccessError, match="refuses these credentials"):
+            with pytest.raises(QueueAccessError, match="does not permit this to its user"):
                 await queue.depth()
             await queue._client.aclose()
 

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import redis
-from rq import SimpleWorker
-from rq.command import PUBSUB_CHANNEL_TEMPLATE, handle_command, parse_payload
 
 from embedq.model import NoopEncoder, dequantize, shipped_ranges
 from embedq.producer import (
@@ -558,19 +556,12 @@ def test_cancel_tells_the_worker_that_has_the_job_at_once(queue: EmbedQueue) -> 
     mine, waiting = queue.enqueue("a"), queue.enqueue("b")
     ClaimStore(queue._client, "w", 30).claim(["embed"], 1, 10**9)
     with queue._redis.pubsub(ignore_subscribe_messages=True) as channel:
-        channel.subscribe(keys.worker_channel("w"))
+        channel.subscribe(keys.cancel_channel("w"))
         channel.get_message(timeout=5)
         waiting.cancel()
         mine.cancel()
         message = channel.get_message(timeout=5)
-    assert message["channel"] == (PUBSUB_CHANNEL_TEMPLATE % "w").encode()
-    assert parse_payload(message) == {"command": "embedq-cancel", "job_id": mine.id}
-
-
-def test_a_stock_worker_takes_no_notice_of_our_command(queue: EmbedQueue, caplog: pytest.LogCaptureFixture) -> None:
-    worker = SimpleWorker(["embed"], connection=queue._client)
-    handle_command(worker, {"command": "embedq-cancel", "job_id": "x"})
-    assert caplog.records == []
+    assert message["data"] == mine.id.encode()
 
 
 def test_what_the_callers_own_iterators_raise_passes_through(queue: EmbedQueue) -> None:

@@ -104,10 +104,10 @@ def test_each_command_calls_what_it_is_for(handler: CommandHandler, heard: list[
         {"command": "shutdown"},
         {"command": "stop-job", "job_id": "j"},
         {"command": "stop-execution", "job_id": "j", "execution_id": "e"},
-        {"command": "embedq-cancel", "job_id": "j"},
         {"command": "kill-horse"},
     ):
         handler.handle({"data": json.dumps(payload).encode()})
+    handler.handle_cancel({"data": b"j"})
     assert heard == ["shutdown", ("j", None), ("j", "e"), "cancel j"]
 
 
@@ -123,7 +123,7 @@ def test_each_command_calls_what_it_is_for(handler: CommandHandler, heard: list[
         b'{"command": "stop-job"}',
         b'{"command": "stop-job", "job_id": 3}',
         b'{"command": "stop-execution", "job_id": "j"}',
-        b'{"command": "embedq-cancel", "job_id": ""}',
+        b'{"command": "embedq-cancel", "job_id": "j"}',
         b'{"command": "format-disk"}',
         b"[" * 100_000,
         1,
@@ -264,7 +264,7 @@ def test_a_canceled_job_is_told_to_whoever_holds_it(queue: EmbedQueue, hand: InH
     told: list[Any] = []
     handler = CommandHandler(lambda: None, lambda *_: None, told.append)
     pubsub = queue._client.pubsub(ignore_subscribe_messages=True)
-    pubsub.subscribe(**{keys.worker_channel("w1"): handler.handle})
+    pubsub.subscribe(**{keys.cancel_channel("w1"): handler.handle_cancel})
     pubsub.get_message(timeout=5)
     job, other = queue.enqueue("a"), queue.enqueue("b")
     hand.claim()

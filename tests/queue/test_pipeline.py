@@ -289,3 +289,44 @@ def test_long_jobs_are_begun_only_a_few_at_a_time(stages: Recorder, start: Start
     assert put <= MAX_LONG_JOBS + 1  # the first may be on the device
     stages.gates["encode"].set()
     assert pipeline.wait_until_empty(20)
+
+
+def test_a_claim_of_more_than_goes_into_memory_is_tokenized_piece_by_piece(
+    stages: Recorder, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines, "MAX_READY_TOKENS", 0)
+    whole, tokenized = stages.tokenize, 0
+
+    def one_at_a_time(claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome], Sequence[Claim]]:
+        nonlocal tokenized
+        tokenized += 1
+        return whole(claims[:1])[0], [], claims[1:]
+
+    monkeypatch.setattr(stages, "tokenize", one_at_a_time)
+    pipeline = start(prefetch_tokens=100)
+    stages.gates["encode"].clear()
+    names = [f"job {n}" for n in range(100)]
+    pipeline.put([claim(name) for name in names], 100)
+    until(lambda: pipeline._is_encoding and pipeline._ready.num_tokens >= 100)
+    time.sleep(0.1)
+    # On the device, cut for it, and ready: five tokens each.
+    assert tokenized <= 10 + 10 + 20
+    stages.gates["encode"].set()
+    assert pipeline.wait_until_empty(20)
+    assert sorted(stages.published) == sorted(names)
+
+
+def test_a_pipeline_that_stops_in_the_middle_of_a_claim_leaves_the_rest_alone(
+    stages: Recorder, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines, "MAX_READY_TOKENS", 0)
+    whole = stages.tokenize
+    monkeypatch.setattr(stages, "tokenize", lambda claims: (whole(claims[:1])[0], [], claims[1:]))
+    pipeline = start(prefetch_tokens=50)
+    stages.gates["encode"].clear()
+    pipeline.put([claim(f"job {n}") for n in range(100)], 100)
+    until(lambda: pipeline._is_encoding and pipeline._ready.num_tokens >= 50)
+    pipeline.ask_to_stop()
+    stages.gates["encode"].set()
+    pipeline.stop()
+    assert 0 < len(stages.published) < 100

@@ -275,14 +275,16 @@ def test_three_sentinels_elect_and_a_worker_that_starts_meanwhile_waits_for_the_
     start: Start,  # noqa: F811
     check: Check,
 ) -> None:
-    with ReplicatedRedis(short_path, redis_binaries()[-1], num_sentinels=3) as found, EmbedQueue(found.url) as queue:
+    # Long enough for a worker to come before the new master is there.
+    replicated = ReplicatedRedis(short_path, redis_binaries()[-1], num_sentinels=3, down_after_ms=8000)
+    with replicated as found, EmbedQueue(found.url) as queue:
         job = queue.enqueue("text")
         until(found.is_in_step)
         os.kill(found.master.pid, signal.SIGKILL)
         worker = start(at=found.url)
+        until(lambda: "waiting for Redis" in worker.log.read_text())
         until(lambda: _is_served(queue), FAILOVER_S)
         check("text", job.result(timeout=FAILOVER_S))
-        assert "waiting for Redis" in worker.log.read_text()
         assert found.promoted()
 
 
