@@ -64,6 +64,8 @@ class Audit:
         self._deaths = deaths
         self._queue = queue
         self.violations: list[Violation] = []
+        #: jobs after whose end something was still to be done in the last round
+        self.num_sequels = 0
         self._next_places = 0.0
         #: ended jobs in the order in which they were seen, to be looked at again and to vanish
         self._to_revisit: list[Account] = []
@@ -75,6 +77,7 @@ class Audit:
         self._look_at_open()
         self._look_again(time.time())
         self._look_for_vanished(time.time())
+        self.num_sequels = self._redis.zcard(keys.sequels(self._queue))
         if time.time() >= self._next_places:
             self.violations += check_places(self.places())
             self._next_places = time.time() + PLACES_EVERY_S

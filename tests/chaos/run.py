@@ -51,7 +51,7 @@ class _Auditing:
     """A context manager: rounds of the audit on a thread of their own, as Redis may keep them waiting."""
 
     def __init__(self, audit: Audit) -> None:
-        self._audit = audit
+        self.audit = audit
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._error: Exception | None = None
@@ -75,7 +75,7 @@ class _Auditing:
         while not self._stop.wait(AUDIT_S):
             began_at = time.time()
             try:
-                self._audit.round()
+                self.audit.round()
                 self.round_began_at = began_at
             except redis.RedisError:
                 continue
@@ -247,7 +247,8 @@ class Run:
         produced_at = time.time()
 
         def is_at_rest() -> bool:
-            return self._auditing.round_began_at > produced_at and not ledger.open
+            pending = len(ledger.open) + self._auditing.audit.num_sequels
+            return self._auditing.round_began_at > produced_at and not pending
 
         self._work_until(lambda: is_at_rest() or time.time() > give_up_at, ledger)
 
