@@ -9,11 +9,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 #: Of the time between two ticks so many seconds count at most: if all of this process stood still, stopped or
 #: suspended, that says nothing about the device.
 MAX_STEP_S = 2.0
+
+
+@dataclass(slots=True)
+class _Watched:
+    what: Any
+    began_at: float
+    #: of this process, without the time for which it stood still
+    seconds: float = 0.0
 
 
 class Watchdog:
@@ -23,14 +32,14 @@ class Watchdog:
         """on_hang: called from `tick` with what has taken longer than `limit_s`."""
         self._limit_s = limit_s
         self._on_hang = on_hang
-        #: by thread: what it is at, and for how many seconds
-        self._watched: dict[int, tuple[Any, list[float]]] = {}
+        #: by thread: what it is at
+        self._watched: dict[int, _Watched] = {}
         self._ticked_at = time.monotonic()
 
     @contextmanager
     def watching(self, what: Any) -> Iterator[None]:
         thread = threading.get_ident()
-        self._watched[thread] = (what, [0.0])
+        self._watched[thread] = _Watched(what, time.monotonic())
         try:
             yield
         finally:
@@ -39,9 +48,8 @@ class Watchdog:
     def tick(self) -> None:
         """To be called about once a second."""
         now = time.monotonic()
-        step_s = min(now - self._ticked_at, MAX_STEP_S)
+        for watched in list(self._watched.values()):
+            watched.seconds += min(now - max(self._ticked_at, watched.began_at), MAX_STEP_S)
+            if watched.seconds > self._limit_s:
+                self._on_hang(watched.what)
         self._ticked_at = now
-        for what, seconds in list(self._watched.values()):
-            seconds[0] += step_s
-            if seconds[0] > self._limit_s:
-                self._on_hang(what)

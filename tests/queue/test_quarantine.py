@@ -301,6 +301,18 @@ def test_the_watchdog_tells_what_takes_too_long_and_nothing_else(monkeypatch: py
     assert hung == ["long"]
 
 
+def test_what_begins_just_before_a_tick_is_not_charged_with_the_time_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, hung = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watchdog = Watchdog(1.0, hung.append)
+    for _ in range(5):
+        now[0] += 1.9
+        with watchdog.watching("short"):
+            now[0] += 0.1
+            watchdog.tick()
+    assert hung == []
+
+
 def test_a_process_that_stood_still_is_not_taken_for_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     now, hung = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
