@@ -6,6 +6,7 @@ No test touches a server that it did not start. With CI=true a missing Redis or 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import signal
@@ -58,6 +59,16 @@ def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that in time"
         time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Iterator[None]:
+    """Our command sets the levels of a whole process; the next test is to find them as they were."""
+    loggers = [logging.getLogger(name) for name in (None, "embedq", "rq", "rq.worker")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
