@@ -199,6 +199,7 @@ class World:
 
     def pause(self, worker: Worker) -> None:
         worker.is_stopped = True
+        self._count_harm()
         self.note("stopped", who=worker.name)
         self._signal(worker.process, signal.SIGSTOP)
 
@@ -206,7 +207,7 @@ class World:
         """If it is still the same process."""
         if worker.process is process:
             worker.is_stopped = False
-            self._count_harm()
+            self._harm_times.append(time.time())
             self.note("continued", who=worker.name)
             self._signal(process, signal.SIGCONT)
 
@@ -218,31 +219,30 @@ class World:
 
     def kill_redis(self) -> None:
         self.redis_away.begin()
+        self._count_harm()
         self.redis.kill()
 
     def start_redis(self) -> None:
         self.redis.start()
         self.note("Redis is back")
-        self._count_harm()
         self.redis_away.end()
 
     def pause_redis(self) -> None:
         self.redis_away.begin()
+        self._count_harm()
         os.kill(self.redis.pid, signal.SIGSTOP)
 
     def resume_redis(self) -> None:
         os.kill(self.redis.pid, signal.SIGCONT)
         self.note("Redis goes on")
-        # Leases that ran out meanwhile are nobody's fault, and cost an attempt.
-        self._count_harm()
         self.redis_away.end()
 
     def silence(self, for_s: float) -> None:
         self.redis_away.begin()
+        self._count_harm()
         self.order(what="stall", for_s=for_s)
 
     def end_silence(self) -> None:
-        self._count_harm()
         self.redis_away.end()
 
     def order(self, **order: Any) -> None:
@@ -295,6 +295,7 @@ class World:
             process.send_signal(number)
 
     def _count_harm(self) -> None:
+        """When something begins that may let leases run out: what they cost is seen only after."""
         self._death_times.append(time.time())
         self._harm_times.append(time.time())
 
