@@ -12,7 +12,12 @@ local lost = {}
 for i = 2, #ARGV, 4 do
   local queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if holds(prefix, queue, id, execution) then
-    redis.pcall('HSET', prefix .. ':execution:' .. id .. ':' .. execution, 'begun', ARGV[i + 3])
+    local record = prefix .. ':execution:' .. id .. ':' .. execution
+    local reply = redis.pcall('HSET', record, 'begun', ARGV[i + 3])
+    if is_error(reply) then
+      drop_other_type(record, reply)
+      redis.call('HSET', record, 'begun', ARGV[i + 3])
+    end
   else
     lost[#lost + 1] = (i + 2) / 4
   end

@@ -92,6 +92,16 @@ local all_pairs, leases = {}, {}
 local call, job_prefix, execution_prefix = redis.call, prefix .. ':job:', prefix .. ':execution:'
 local executions_prefix, keep_until, lease_until = prefix .. ':executions:', started + keep, started + lease
 
+-- Executions whose job was canceled and put back by somebody without a right to their records.
+local function end_others(queue, id, execution)
+  for _, other in ipairs(call('ZRANGE', executions_prefix .. id, 0, -1)) do
+    if other ~= execution then
+      local holder = redis.pcall('HGET', execution_prefix .. id .. ':' .. other, 'worker_name')
+      end_execution(prefix, queue, id, other, type(holder) == 'string' and holder or '')
+    end
+  end
+end
+
 local function claim(queue, id)
   local key = job_prefix .. id
   local fields = redis.pcall('HMGET', key, unpack(FIELDS))
@@ -108,6 +118,9 @@ local function claim(queue, id)
   if is_error(reply) then
     drop_other_type(records, reply)
     call('ZADD', records, keep_until, execution)
+  end
+  if call('ZCARD', records) > 1 then
+    end_others(queue, id, execution)
   end
   num_claimed = num_claimed + 1
   call('HSET', record, 'id', execution, 'job_id', id, 'worker_name', worker, 'queue', queue, 'created_at', second,

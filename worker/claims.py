@@ -69,6 +69,8 @@ class Renewed:
 class Recovered:
     """What one call of recover.lua did, in jobs."""
 
+    #: leases that had run out, of which those of canceled jobs are only struck off
+    taken: int
     retried: int
     failed: int
     #: ids after which RQ has something to do
@@ -175,11 +177,11 @@ class ClaimStore:
     def recover(self, queue: str) -> Recovered:
         """Takes back the abandoned jobs of a queue."""
         reason = JobFailedError.abandoned()
-        retried, failed, *with_sequel = self._recover(
+        taken, retried, failed, *with_sequel = self._recover(
             keys=[keys.started(queue)],
             args=[keys.PREFIX, queue, FAILURE_TTL_S, wire.encode_exc_string(reason), RECOVER_JOBS],
         )
-        return Recovered(retried, failed, [job_id.decode(errors="replace") for job_id in with_sequel])
+        return Recovered(taken, retried, failed, [job_id.decode(errors="replace") for job_id in with_sequel])
 
 
 def _fresh_nonce() -> str:

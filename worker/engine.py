@@ -27,7 +27,7 @@ from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import JobFailedError
 from embedq.producer.options import EmbedOptions
 from embedq.producer.wire import EmbedRequest
-from embedq.worker.failures import job_failure
+from embedq.worker.failures import ENDINGS, job_failure
 from embedq.worker.isolation import Isolation, Watching
 from embedq.worker.planning import ReadyJob, ReadyTexts
 
@@ -173,9 +173,9 @@ class Engine:
         began_at = time.monotonic()
         try:
             [work] = self._make_works([request])
-        except JobFailedError:
+        except (JobFailedError, *ENDINGS):
             raise
-        except Exception as err:
+        except BaseException as err:
             raise job_failure(err) from err
         work.tokenize_s = time.monotonic() - began_at
         return work
@@ -185,7 +185,9 @@ class Engine:
         began_at = time.monotonic()
         try:
             works = self._make_works(requests)
-        except Exception:
+        except ENDINGS:
+            raise
+        except BaseException:
             for request in requests:
                 try:
                     yield self.tokenize(request)

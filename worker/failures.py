@@ -16,10 +16,14 @@ OUT_OF_MEMORY, NON_FINITE = "out_of_memory", "non_finite"
 #: Characters that a failure takes of the message of an error that is not ours.
 MAX_MESSAGE = 200
 
+#: What ends a process on purpose, whatever it is in the middle of. All else that is raised over a job is the job's
+#: failure, also what is no Exception, as a panic of the tokenizer's Rust.
+ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
 logger = logging.getLogger("embedq.worker")
 
 
-def job_failure(err: Exception) -> JobFailedError:
+def job_failure(err: BaseException) -> JobFailedError:
     """Of what was raised before a job's texts were encoded, or after."""
     if isinstance(err, ModelError):
         index = err.text_index if isinstance(err, (TextTooLongError, NonFiniteError)) else None
@@ -28,10 +32,10 @@ def job_failure(err: Exception) -> JobFailedError:
         return JobFailedError("the worker has not enough memory for this job", code=OUT_OF_MEMORY, retryable=True)
     logger.error("the encoder failed on a job: %s", type(err).__name__)
     logger.debug("the encoder failed on a job", exc_info=err)
-    return JobFailedError(_said(err), code="internal", retryable=True)
+    return JobFailedError(said(err), code="internal", retryable=True)
 
 
-def text_failure(err: Exception, index: int) -> JobFailedError:
+def text_failure(err: BaseException, index: int) -> JobFailedError:
     """Of what was raised while text `index` of a job was encoded alone.
 
     Retryable, but for NaN and Inf: the text may pass another day, or on another machine.
@@ -41,11 +45,11 @@ def text_failure(err: Exception, index: int) -> JobFailedError:
     if isinstance(err, MemoryError):
         message = f"text {index}: the worker has not enough memory even for this text alone"
         return JobFailedError(message, code=OUT_OF_MEMORY, retryable=True, text_index=index)
-    message = f"text {index} could not be encoded: {_said(err)}"
+    message = f"text {index} could not be encoded: {said(err)}"
     return JobFailedError(message, code="encode_failed", retryable=True, text_index=index)
 
 
-def _said(err: Exception) -> str:
+def said(err: BaseException) -> str:
     """Its type and the beginning of its message, on one line."""
     message = " ".join(str(err).split())
     shown = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."

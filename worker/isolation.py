@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from embedq.model import DeviceLostError, Encoder, NonFiniteError
 from embedq.producer.errors import JobFailedError
 from embedq.worker.budget import MemoryBudget
-from embedq.worker.failures import NON_FINITE, OUT_OF_MEMORY, text_failure
+from embedq.worker.failures import ENDINGS, NON_FINITE, OUT_OF_MEMORY, text_failure
 
 if TYPE_CHECKING:
     from embedq.worker.engine import Piece
@@ -85,9 +85,9 @@ class Isolation:
         try:
             with self._watching(pieces):
                 self._encode(pieces, encoder)
-        except DeviceLostError:
+        except (DeviceLostError, *ENDINGS):
             raise
-        except Exception as err:
+        except BaseException as err:
             if not isinstance(err, (MemoryError, NonFiniteError)):
                 logger.warning("%d texts together could not be encoded: %s", len(pieces), type(err).__name__)
             logger.debug("the encoder failed", exc_info=err)

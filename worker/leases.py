@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import redis
 
-from embedq.worker.claims import Claim, ClaimStore
+from embedq.worker.claims import RECOVER_JOBS, Claim, ClaimStore
 
 logger = logging.getLogger("embedq.worker")
 
@@ -21,6 +21,8 @@ logger = logging.getLogger("embedq.worker")
 RENEWALS = 4
 #: Seconds between two looks for abandoned jobs, at most.
 RECOVER_EVERY_S = 10.0
+#: Calls of a queue in one round: more would hold up the renewals.
+RECOVER_CALLS = 40
 #: Seconds between two ticks, for what somebody else wants done on this thread.
 TICK_EVERY_S = 1.0
 
@@ -132,13 +134,20 @@ class LeaseKeeper:
             logger.debug("job %s is not this worker's any more", claim.job_id)
 
     def recover(self) -> None:
-        """One round over this worker's queues."""
+        """One round over this worker's queues. A dead worker may have held more than one call takes back."""
         for queue in self._queues:
-            recovered = self._store.recover(queue)
-            if recovered.retried or recovered.failed:
-                logger.warning(
-                    "queue %s: the leases of dead workers ran out; %d jobs are tried again, %d failed",
-                    *(queue, recovered.retried, recovered.failed),
-                )
-            if recovered.with_sequel:
-                self._on_abandoned(queue, recovered.with_sequel)
+            for _ in range(RECOVER_CALLS):
+                if self._recover(queue) < RECOVER_JOBS:
+                    break
+
+    def _recover(self, queue: str) -> int:
+        """How many leases were taken back."""
+        recovered = self._store.recover(queue)
+        if recovered.retried or recovered.failed:
+            logger.warning(
+                "queue %s: the leases of dead workers ran out; %d jobs are tried again, %d failed",
+                *(queue, recovered.retried, recovered.failed),
+            )
+        if recovered.with_sequel:
+            self._on_abandoned(queue, recovered.with_sequel)
+        return recovered.taken

@@ -10,6 +10,7 @@ the order of these steps; what they do is the stages'.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -39,7 +40,25 @@ class Quarantine:
         self._claims.extend(claims)
 
     def work(self, is_stopping: Callable[[], bool]) -> None:
-        """Until none is left, or the worker stops. Raises redis-py's errors; then the rest waits for the next call."""
+        """Until none is left, or the worker stops. Raises redis-py's errors; then the rest waits for the next call.
+
+        On a thread of its own: a signal has no effect while the main thread is inside of a library.
+        """
+        raised: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._work(is_stopping)
+            except BaseException as err:
+                raised.append(err)
+
+        thread = threading.Thread(target=work, name="embedq-quarantine", daemon=True)
+        thread.start()
+        thread.join()
+        if raised:
+            raise raised[0]
+
+    def _work(self, is_stopping: Callable[[], bool]) -> None:
         while self._claims and not is_stopping():
             group = self._next_group()
             if group[0].is_last:
@@ -69,7 +88,7 @@ class Quarantine:
         for index, request in enumerate(requests):
             if is_stopping() or not self._begin([claim], index):
                 return
-            self._stages.try_tokenizing(claim, request)
+            self._stages.try_tokenizing(claim, index, request)
         for work in self._tokenize(self._begin([claim], 0 if len(requests) == 1 else None)):
             for index in range(len(work.num_tokens)):
                 if is_stopping() or work.failure is not None or not self._begin([claim], index):

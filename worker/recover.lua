@@ -8,11 +8,11 @@
 -- ARGV[4]  base64 of the compressed reason of those whose execution notes none
 -- ARGV[5]  at most so many in one call
 --
--- Returns {number tried again, number failed, ids of those after which something is still to be done...}.
+-- Returns {number taken back, how many of them are tried again, how many failed, ids of those after which something is still to be done...}.
 
 local prefix, queue, now, limit = ARGV[1], ARGV[2], timestamp(), tonumber(ARGV[5])
 local cutoff = clock()
-local replies, left_alone, taken = {0, 0}, 0, 0
+local replies, left_alone, taken = {0, 0, 0}, 0, 0
 
 local function tell_sequel(id)
   note_sequel(prefix, queue, id)
@@ -42,17 +42,17 @@ local function recover(id, execution)
   local worker, begun = noted[1] or '', noted[2]
   if job.status == 'started' and not begun and was_tried(id) then
     put_back(prefix, queue, id, 'RPUSH')
-    replies[1] = replies[1] + 1
+    replies[2] = replies[2] + 1
   elseif job.status == 'started' then
     local again = try_again(prefix, queue, id)
     if again then
-      replies[1] = replies[1] + 1
+      replies[2] = replies[2] + 1
       if again == 'scheduled' and job.has_rate_limit then
         tell_sequel(id)
       end
     else
       fail(id, job, worker, begun or ARGV[4])
-      replies[2] = replies[2] + 1
+      replies[3] = replies[3] + 1
       if job.has_sequel then
         tell_sequel(id)
       end
@@ -77,4 +77,5 @@ while taken < limit do
     end
   end
 end
+replies[1] = taken
 return replies

@@ -14,7 +14,7 @@ clear_way('set', KEYS[2])
 clear_way('zset', KEYS[3])
 clear_way('zset', KEYS[4])
 clear_way('list', ARGV[2])
-local fields = redis.call('HMGET', KEYS[1], 'status', 'repeats_left', 'repeat_intervals', 'ttl')
+local fields = redis.call('HMGET', KEYS[1], 'status', 'repeats_left', 'repeat_intervals', 'ttl', 'embedq_retries')
 local left = seconds(fields[2], 0)
 if fields[1] ~= 'finished' or left < 1 then
   return false
@@ -30,6 +30,11 @@ if #intervals > 1 then
   redis.call('HSET', KEYS[1], 'repeat_intervals', cjson.encode(intervals))
 end
 redis.call('HSET', KEYS[1], 'repeats_left', left - 1, 'started_at', '', 'ended_at', '', 'worker_name', '')
+-- It has finished: what it once failed by says nothing of it any more.
+redis.call('HDEL', KEYS[1], 'embedq_attempts')
+if fields[5] then
+  redis.call('HSET', KEYS[1], 'retries_left', fields[5])
+end
 redis.call('ZREM', KEYS[4], id)
 redis.call('SADD', KEYS[2], ARGV[2])
 

@@ -11,12 +11,12 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import redis
 
-from embedq.model import DeviceLostError
+from embedq.model import ModelError
 from embedq.producer import wire
 from embedq.producer.connection import is_passing, is_wrong_type
 from embedq.producer.errors import JobFailedError, WireError
@@ -24,6 +24,7 @@ from embedq.producer.wire import EmbedRequest
 from embedq.worker.claims import Claim, ClaimStore, Outcome
 from embedq.worker.engine import Engine, Piece, Work
 from embedq.worker.estimates import ClaimBudget
+from embedq.worker.failures import ENDINGS, job_failure, said
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.planning import ReadyJob
 from embedq.worker.sequels import Sequels
@@ -32,6 +33,8 @@ from embedq.worker.watchdog import Watchdog
 logger = logging.getLogger("embedq.worker")
 
 T = TypeVar("T")
+#: What a library or a device is busy with: a job, one text of it by its place, or a piece of one.
+AtWork = Claim | tuple[Claim, int] | Piece
 
 #: Seconds between two attempts to publish to a Redis that cannot serve: the first, and the longest.
 RETRY_FIRST_S, RETRY_LONGEST_S = 0.5, 4.0
@@ -92,13 +95,13 @@ class WorkerStages:
                 requests.append(request)
                 readable.append(claim)
                 chars += sum(map(len, request.texts))
-            except WireError as err:
-                failed.append(Outcome.failed(claim, JobFailedError(str(err), code=err.code)))
+            except Exception as err:
+                failed.append(Outcome.failed(claim, _unreadable(err)))
             num_read += 1
             if chars >= SLICE_CHARS:
                 break
         works: list[Work] = []
-        with self._watchdog.watching(readable):
+        with self._charging(lambda: readable), self._watchdog.watching(readable):
             of_requests = self._engine.tokenize_all(requests)
         for claim, tokenized in zip(readable, of_requests, strict=True):
             if isinstance(tokenized, JobFailedError):
@@ -114,14 +117,14 @@ class WorkerStages:
     def one_by_one(self, claim: Claim) -> list[EmbedRequest]:
         """A job's texts as requests of their own; of what cannot be read none: `tokenize` says why."""
         try:
-            request = wire.decode_request(claim.data)
-        except WireError:
+            request = _read_request(claim)
+        except Exception:
             return []
         return [EmbedRequest([text], request.options) for text in request.texts]
 
-    def try_tokenizing(self, claim: Claim, request: EmbedRequest) -> None:
-        """To see that the worker survives it; what is wrong with the request is `tokenize`'s to tell."""
-        with contextlib.suppress(JobFailedError), self._watchdog.watching([claim]):
+    def try_tokenizing(self, claim: Claim, index: int, request: EmbedRequest) -> None:
+        """Text `index` of a job, to see that the worker survives it; what is wrong with it is `tokenize`'s to tell."""
+        with contextlib.suppress(JobFailedError), self._watchdog.watching([(claim, index)]):
             self._engine.tokenize(request)
 
     def leave(self, claims: Sequence[Claim]) -> None:
@@ -137,10 +140,21 @@ class WorkerStages:
         lost = [work for work in works if self._leases.is_lost(work.tag)]
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
-        try:
+        with self._charging(lambda: self._engine.isolation.at_work):
             return lost + self._engine.encode(batch)
-        except DeviceLostError as err:
-            self._send(blamed(self._engine.isolation.at_work, err.code, str(err)))
+
+    @contextlib.contextmanager
+    def _charging(self, at_work: Callable[[], Sequence[AtWork]]) -> Iterator[None]:
+        """What ends the worker costs the jobs that were at work an attempt: given back as they were they would end the
+        next worker too.
+        """
+        try:
+            yield
+        except ENDINGS:
+            raise
+        except BaseException as err:
+            code, message = (err.code, str(err)) if isinstance(err, ModelError) else ("internal", said(err))
+            self._send(blamed(at_work(), code, message))
             raise
 
     def publish(self, done: Sequence[Work | Outcome]) -> None:
@@ -158,8 +172,11 @@ class WorkerStages:
         for work, finished in zip(held, self._engine.finish_all(held), strict=True):
             if isinstance(finished, JobFailedError):
                 outcomes.append(Outcome.failed(work.tag, finished))
-            else:
+                continue
+            try:
                 outcomes.append(Outcome.finished(work.tag, wire.encode_result(finished), work.busy_s))
+            except Exception as err:
+                outcomes.append(Outcome.failed(work.tag, job_failure(err)))
         return outcomes
 
     def _send(self, outcomes: Sequence[Outcome]) -> None:
@@ -190,16 +207,26 @@ def _read_request(claim: Claim) -> EmbedRequest:
     return wire.decode_request(claim.data)
 
 
-def blamed(on_device: Sequence[Piece] | Sequence[Claim], code: str, message: str) -> list[Outcome]:
+def _unreadable(err: Exception) -> JobFailedError:
+    return JobFailedError(str(err), code=err.code) if isinstance(err, WireError) else job_failure(err)
+
+
+def blamed(at_work: Sequence[AtWork], code: str, message: str) -> list[Outcome]:
     """Another attempt for the jobs that were at work when it was over. A text that was there alone is named."""
-    claims = list(dict.fromkeys([item if isinstance(item, Claim) else item[0].tag for item in on_device]))
-    index = None
-    if len(on_device) == 1 and not isinstance(on_device[0], Claim):
-        work, place = on_device[0]
-        index = work.texts[place]
+    named = [_named(item) for item in at_work]
+    index = named[0][1] if len(named) == 1 else None
+    if index is not None:
         message = f"text {index}: {message}"
     failure = JobFailedError(message, code=code, retryable=True, text_index=index)
-    return [Outcome.failed(claim, failure) for claim in claims]
+    return [Outcome.failed(claim, failure) for claim in dict.fromkeys(claim for claim, _ in named)]
+
+
+def _named(item: AtWork) -> tuple[Claim, int | None]:
+    """Whose it is, and the place of the text if it is one."""
+    if isinstance(item, Claim):
+        return item, None
+    job, place = item
+    return (job, place) if isinstance(job, Claim) else (job.tag, job.texts[place])
 
 
 def _until_served(action: Callable[[], T], what: str) -> T:

@@ -32,6 +32,7 @@ from embedq.producer.connection import SOCKET_TIMEOUT_S, is_passing, is_wrong_ty
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.serializer import EmbedSerializer
 from embedq.worker.callbacks import CallbackThread
+from embedq.worker.chores import Chores
 from embedq.worker.claims import Claimed, ClaimStore, Outcome
 from embedq.worker.commands import CommandHandler, survive
 from embedq.worker.encoders import load_encoder
@@ -87,6 +88,7 @@ class EmbedWorker(SimpleWorker):
     callbacks: CallbackThread
     sequels: Sequels
     promoter: Promoter
+    chores: Chores
     commands: CommandHandler
     waiter: QueueWaiter
     turns: QueueTurns
@@ -102,6 +104,8 @@ class EmbedWorker(SimpleWorker):
         self._stop_asked_at: float | None = None
         self._stop_signal: int | None = None
         self._grace_timer: threading.Timer | None = None
+        #: held from a claim to the moment at which it is known as held, and by who leaves for good
+        self._claiming = threading.Lock()
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
         """RQ would raise the time limit of every command to seven minutes, for a command that blocks. None of ours does
@@ -149,6 +153,7 @@ class EmbedWorker(SimpleWorker):
             on_exit.callback(self._leave)
             self._register(logging_level, date_format, log_format)
             self.leases.start()
+            self.chores.start()
             on_exit.enter_context(rare_collections())
             on_exit.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -164,13 +169,14 @@ class EmbedWorker(SimpleWorker):
         self.store = ClaimStore(self.connection, self.name, settings.lease_s)
         self.sequels = Sequels(self.connection, self.queue_names(), self.callbacks, self._exc_handlers)
         self.promoter = Promoter(self.connection, self.queue_names())
+        self.chores = Chores(self._tick)
         self.leases = LeaseKeeper(
             self.store,
             self.queue_names(),
             self.worker_ttl + 60,
-            on_abandoned=self.sequels.follow_all,
+            on_abandoned=lambda queue, ids: self.chores.submit(lambda: self.sequels.follow_all(queue, ids)),
             on_forgotten=self._register_again,
-            on_tick=self._tick,
+            on_tick=self.watchdog.tick,
         )
         interruptions = Interruptions(self.connection, self.name, self.leases, self.sequels)
         self.commands = CommandHandler(
@@ -244,6 +250,7 @@ class EmbedWorker(SimpleWorker):
         try:
             self._release_held()
             self.leases.stop()
+            self.chores.stop()
             self.callbacks.close(self._grace_left())
             if self.birth_date is not None:
                 self.teardown()
@@ -322,10 +329,13 @@ class EmbedWorker(SimpleWorker):
         names = [queue.name for queue in self._ordered_queues]
         if self._dequeue_strategy == DequeueStrategy.DEFAULT:
             names = self.turns.order(names)
-        found = self.store.claim(names, limit if max_jobs is None else min(limit, max_jobs), self.budget.max_bytes)
+        with self._claiming:
+            if self._stop_requested:
+                return Claimed([])
+            found = self.store.claim(names, limit if max_jobs is None else min(limit, max_jobs), self.budget.max_bytes)
+            self.leases.hold(found.claims)
         if found.claims:
             self._state = WorkerStatus.BUSY.value  # as claim.lua told Redis
-            self.leases.hold(found.claims)
             first = [claim for claim in found.claims if not claim.attempts]
             if first:
                 self.pipeline.put(first, self.budget.tokens(sum([len(claim.data) for claim in first])))
@@ -382,8 +392,7 @@ class EmbedWorker(SimpleWorker):
         self.leases.drop(held)
 
     def _tick(self) -> None:
-        """Each second, on the thread of the leases."""
-        self.watchdog.tick()
+        """Each second, on the thread of the chores."""
         self.promoter.round()
         self.sequels.take_up()
 
@@ -499,10 +508,11 @@ class EmbedWorker(SimpleWorker):
         """Nothing can interrupt what hangs. On the thread of the leases, as long as it takes and no longer."""
         limit_s = self.settings.encode_timeout_s
         logger.error("a micro-batch has not ended within %g s; leaving, so that a new process can go on", limit_s)
-        self._leave_now(EXIT_HANGS, blamed(on_device, "hung", f"encoding did not end within {limit_s:g} s"))
+        self._leave_now(EXIT_HANGS, blamed(on_device, "hung", f"it did not end within {limit_s:g} s"))
 
     def _leave_now(self, status: int, outcomes: Sequence[Outcome] = ()) -> NoReturn:
         """Ends the process with its threads in the middle of something."""
+        self._end_claiming()
         last_words = threading.Thread(target=self._say_last_words, args=(outcomes,), daemon=True)
         last_words.start()
         last_words.join(LAST_WORDS_S)
@@ -514,6 +524,8 @@ class EmbedWorker(SimpleWorker):
 
     def _say_last_words(self, outcomes: Sequence[Outcome]) -> None:
         with contextlib.suppress(Exception):
+            # Never given back: what is released here must not be claimed again.
+            self._claiming.acquire(timeout=LAST_WORDS_S / 2)
             if outcomes:
                 self.store.publish(outcomes)
             self._release_held()

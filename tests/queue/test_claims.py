@@ -153,7 +153,7 @@ def test_a_worker_that_lost_its_hold_changes_nothing(queue: EmbedQueue, store: C
     [old] = claim(store)
     queue._redis.zadd(keys.started("embed"), {f"{job.id}:{old.execution_id}": 1})  # the lease ran out
     other = ClaimStore(queue._client, "w2", LEASE_S)
-    assert other.recover("embed") == Recovered(1, 0, [])
+    assert other.recover("embed") == Recovered(1, 1, 0, [])
     [new] = claim(other)
     assert store.renew([old], 60).lost == [old]
     store.publish([done(old)])
@@ -213,8 +213,8 @@ def test_abandoned_jobs_wait_again_until_their_retries_are_used_up(queue: EmbedQ
     again, last = queue.enqueue("a", retries=1), queue.enqueue("b", retries=0)
     for claimed in claim(store):
         queue._redis.zadd(keys.started("embed"), {f"{claimed.job_id}:{claimed.execution_id}": 1})
-    assert store.recover("embed") == Recovered(1, 1, [])
-    assert store.recover("embed") == Recovered(0, 0, [])
+    assert store.recover("embed") == Recovered(2, 1, 1, [])
+    assert store.recover("embed") == Recovered(0, 0, 0, [])
     assert again.status() is JobStatus.QUEUED
     with pytest.raises(JobFailedError, match="a worker died with the job in hand") as caught:
         last.result(timeout=0)
@@ -226,7 +226,7 @@ def test_a_living_lease_is_left_alone(queue: EmbedQueue, store: ClaimStore) -> N
     queue.enqueue("text")
     claim(store)
     queue._redis.zadd(keys.started("embed"), {"no-pair": 1})
-    assert store.recover("embed") == Recovered(0, 0, [])
+    assert store.recover("embed") == Recovered(0, 0, 0, [])
     assert queue._redis.zcard(keys.started("embed")) == 2
 
 
@@ -235,7 +235,7 @@ def test_a_recovered_job_that_failed_is_told_if_it_names_a_callback(queue: Embed
         fields = {"status": "started", "failure_callback_name": name, "data": "x"}
         queue._redis.hset(keys.job(f"theirs-{number}"), mapping=fields)
         queue._redis.zadd(keys.started("embed"), {f"theirs-{number}:0123abcd": 1})
-    assert store.recover("embed") == Recovered(0, 2, ["theirs-0"])
+    assert store.recover("embed") == Recovered(2, 0, 2, ["theirs-0"])
 
 
 def test_jobs_left_alone_do_not_hide_those_behind_them(queue: EmbedQueue, store: ClaimStore) -> None:
@@ -243,7 +243,7 @@ def test_jobs_left_alone_do_not_hide_those_behind_them(queue: EmbedQueue, store:
     job = queue.enqueue("text")
     [claimed] = claim(store)
     queue._redis.zadd(keys.started("embed"), {**abandoned, f"{job.id}:{claimed.execution_id}": 1000})
-    assert store.recover("embed") == Recovered(1, 0, [])
+    assert store.recover("embed") == Recovered(1, 1, 0, [])
 
 
 def test_a_dead_stock_workers_job_is_taken_back_too(queue: EmbedQueue, store: ClaimStore) -> None:
@@ -251,7 +251,7 @@ def test_a_dead_stock_workers_job_is_taken_back_too(queue: EmbedQueue, store: Cl
     queue._redis.lpop(keys.queue("embed"))
     queue._redis.hset(keys.job(job.id), "status", "started")
     queue._redis.zadd(keys.started("embed"), {f"{job.id}:0123abcd": 1})
-    assert store.recover("embed") == Recovered(1, 0, [])
+    assert store.recover("embed") == Recovered(1, 1, 0, [])
     assert job.status() is JobStatus.QUEUED
 
 

@@ -290,7 +290,8 @@ class Beside(RuleBasedStateMachine):
     def recover(self, worker: str) -> None:
         before = self.state
         self.state, retried, failed = self.model.recover(self.state)
-        assert self.store(worker).recover(QUEUE) == Recovered(retried, failed, [])
+        taken = sum(bool(execution.ran_out) for execution in before.executions)
+        assert self.store(worker).recover(QUEUE) == Recovered(taken, retried, failed, [])
         for execution in before.executions:
             if execution.ran_out and self.state.job(execution.job).status == "failed":
                 self._check_reason(execution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -10,25 +11,33 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import redis
 from rq.registry import StartedJobRegistry
 
 from embedq.model import NoopEncoder
 from embedq.producer import EmbedQueue, EmbedSerializer, JobFailedError, JobStatus, keys
+from embedq.producer.connection import is_passing
 from embedq.producer.jobs import EmbedJob
-from embedq.worker.claims import Claim, ClaimStore
+from embedq.worker.claims import Claim, ClaimStore, Outcome
 from embedq.worker.watchdog import Watchdog
-from tests.conftest import Drain
+from tests.conftest import Drain, until
 
-#: `embedq` with a device that a text can end: `die` the process, `hang` it for good, or `lose` the device.
+#: `embedq` with a device that a text can end: `die` the process, `hang` it for good, `lose` the device, `panic`.
 POISONOUS = """
-import os, time
+import hashlib, os, time
 from embedq.model import DeviceLostError, NoopEncoder
 from embedq.worker.cli import main
+class Panic(BaseException):
+    "As pyo3's, of a library in Rust."
 tokenize, encode = NoopEncoder.tokenize, NoopEncoder.encode_tokens
 poison = {}
 def look(self, texts, **options):
     if "die early" in texts:
         os._exit(77)
+    if "hang early" in texts:
+        time.sleep(1000)
+    if "panic" in texts:
+        raise Panic("called `Result::unwrap()` on an `Err` value")
     tokens = tokenize(self, texts, **options)
     poison.update((id(token), (token, text)) for text, token in zip(texts, tokens))
     return tokens
@@ -39,6 +48,8 @@ def suffer(self, batch):
             os._exit(77)
         if text == "hang":
             time.sleep(1000)
+        if text == "hang in C":
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
         if text == "lose":
             raise DeviceLostError("CUDA error: device-side assert triggered")
     return encode(self, batch)
@@ -80,6 +91,18 @@ class Fleet:
             if process is not None:
                 process.kill()
                 process.wait(20)
+
+    @contextlib.contextmanager
+    def one(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A worker with a long lease."""
+        options = ("--url", self._url, "--model", "noop:8", *arguments)
+        with (self._folder / "worker.log").open("ab") as log:
+            process = subprocess.Popen([*self._program, "worker", *options], stdout=log, stderr=log)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait(20)
 
     def log(self) -> str:
         return (self._folder / "worker.log").read_text()
@@ -200,6 +223,49 @@ def test_a_claim_told_again_tells_the_attempts_too(each_queue: EmbedQueue, claim
     assert (again.execution_id, again.attempts, again.is_last) == (first.execution_id, 1, False)
 
 
+def test_a_claim_ends_what_a_cancellation_could_not(each_queue: EmbedQueue) -> None:
+    """By a client without a right to the records of executions."""
+    job = each_queue.enqueue("text", retries=0)
+    first, second = (ClaimStore(each_queue._client, name, 30) for name in ("w1", "w2"))
+    [late] = first.claim(["embed"], 10, 10**6).claims
+    each_queue._redis.hset(keys.job(job.id), "status", "queued")
+    each_queue._redis.rpush(keys.queue("embed"), job.id)
+    [claimed] = second.claim(["embed"], 10, 10**6).claims
+    assert each_queue._redis.zrange(keys.started("embed"), 0, -1) == [f"{job.id}:{claimed.execution_id}".encode()]
+    assert each_queue._redis.smembers(keys.worker_executions("w1")) == set()
+    assert first.renew([late], 60).lost == [late]
+    assert first.publish([Outcome.finished(late, b"late", 0.1)]) == []
+    assert job.status() is JobStatus.STARTED
+
+
+def test_a_full_server_takes_no_beginning(each_queue: EmbedQueue, claim_again: Callable[[], Claim]) -> None:
+    each_queue.enqueue("text", retries=2)
+    claim_again()
+    run_out(each_queue)
+    claimed = claim_again()
+    store = ClaimStore(each_queue._client, "w1", 30)
+    each_queue._redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(redis.RedisError) as refused:
+            store.begin([(claimed, JobFailedError.abandoned())])
+    finally:
+        each_queue._redis.config_set("maxmemory", 0)
+    assert is_passing(refused.value)
+
+
+def test_a_job_enqueued_afresh_or_repeated_was_never_tried(
+    each_queue: EmbedQueue, claim_again: Callable[[], Claim]
+) -> None:
+    job = each_queue.enqueue("text", dedupe=True, retries=1)
+    claim_again()
+    run_out(each_queue)
+    store = ClaimStore(each_queue._client, "w1", 30)
+    again = claim_again()
+    store.publish([Outcome.failed(again, JobFailedError("no"))])
+    assert each_queue.enqueue("text", dedupe=True, retries=1).id == job.id
+    assert claim_again().attempts == 0
+
+
 # --- how a worker does them
 
 
@@ -257,6 +323,61 @@ def test_a_text_that_kills_the_tokenizer_is_named_too(queue: EmbedQueue, fleet: 
     fleet.drain(queue, [*innocent, poison])
     assert {job.status() for job in innocent} == {JobStatus.FINISHED}
     assert (failure(poison).code, failure(poison).text_index) == ("abandoned", 2)
+
+
+def test_a_text_at_which_the_tokenizer_hangs_is_named_too(queue: EmbedQueue, fleet: Fleet) -> None:
+    poison = queue.enqueue(["fine", "hang early"], retries=1)
+    fleet.drain(queue, [poison], "--encode-timeout-s", "1")
+    assert (failure(poison).code, failure(poison).text_index) == ("hung", 1)
+
+
+def test_a_tokenizer_that_panics_fails_its_job_and_ends_nothing(queue: EmbedQueue, fleet: Fleet) -> None:
+    poison, good = queue.enqueue("panic", retries=0), queue.enqueue("good")
+    fleet.drain(queue, [poison, good])
+    assert good.status() is JobStatus.FINISHED
+    assert failure(poison).code == "internal"
+    assert fleet.statuses == []
+
+
+@pytest.mark.parametrize("step", ["engine.Engine.tokenize_all", "budget.MemoryBudget.succeeded"])
+def test_whatever_ends_a_stage_costs_the_jobs_at_work_an_attempt(
+    queue: EmbedQueue, drain: Drain, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def crash(*_: object) -> None:
+        raise AssertionError("a mistake of ours")
+
+    job = queue.enqueue("text", retries=1)
+    monkeypatch.setattr(f"embedq.worker.{step}", crash)
+    for retries_left in (b"0", b"0"):
+        assert job.status() is JobStatus.QUEUED
+        with pytest.raises(AssertionError):
+            drain()
+        assert queue._redis.hget(keys.job(job.id), "retries_left") == retries_left
+    assert failure(job).code == "internal"
+
+
+def test_a_worker_that_leaves_a_hanging_batch_claims_nothing_more(queue: EmbedQueue, fleet: Fleet) -> None:
+    jobs = [queue.enqueue("hang", retries=3), *queue.enqueue_many([f"innocent {n}" for n in range(3)], retries=0)]
+    with fleet.one("--encode-timeout-s", "1", "--max-claim-jobs", "1", "--prefetch-batches", "4") as worker:
+        assert worker.wait(30) == 8
+    assert queue._redis.zcard(keys.started("embed")) == 0
+    assert {job.status() for job in jobs[1:]} <= {JobStatus.QUEUED, JobStatus.FINISHED}
+    assert jobs[0].status() is JobStatus.QUEUED
+
+
+@pytest.mark.parametrize("attempts", [0, 1, 9])
+def test_a_signal_ends_a_worker_whose_library_does_not_come_back(
+    queue: EmbedQueue, fleet: Fleet, attempts: int
+) -> None:
+    job = queue.enqueue("hang in C", retries=0 if attempts == 9 else 3)
+    if attempts:
+        queue._redis.hset(keys.job(job.id), "embedq_attempts", attempts)
+    with fleet.one("--grace-s", "1") as worker:
+        until(lambda: job.status() is JobStatus.STARTED)
+        time.sleep(0.5)
+        worker.terminate()
+        assert worker.wait(10) == 3
+    assert job.status() is JobStatus.QUEUED
 
 
 def test_a_micro_batch_that_hangs_ends_the_worker_and_at_last_its_job(queue: EmbedQueue, fleet: Fleet) -> None:

@@ -466,7 +466,7 @@ def test_the_lease_thread_survives_any_error() -> None:
             return Renewed([], is_known=True)
 
         def recover(self, _queue: str) -> Recovered:
-            return Recovered(0, 0, [])
+            return Recovered(0, 0, 0, [])
 
     store: Any = Store()
     leases = LeaseKeeper(store, ["embed"], 60, on_abandoned=lambda *_: None, on_forgotten=lambda: None)
