@@ -675,14 +675,20 @@ def test_short_jobs_are_not_held_up_by_a_long_one(queue: EmbedQueue, drain: Drai
     order: list[str] = []
     long = queue.enqueue(["some words of a text"] * 1024)
     short = queue.enqueue_many(f"text {n} is short" for n in range(20))
-    publish = ClaimStore.publish
+    publish, encode = ClaimStore.publish, NoopEncoder.encode_tokens
 
     def recorded(self: ClaimStore, outcomes: Sequence[Outcome]) -> list[Outcome]:
         order.extend(outcome.claim.job_id for outcome in outcomes)
         return publish(self, outcomes)
 
+    def slow(self: NoopEncoder, batch: Any) -> Any:
+        # As a device: the long job is not through before the short ones are even claimed.
+        time.sleep(0.02)
+        return encode(self, batch)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ClaimStore, "publish", recorded)
+        patch.setattr(NoopEncoder, "encode_tokens", slow)
         drain(max_batch_tokens=200)
     assert order[-1] == long.id
     assert set(order[:-1]) == {job.id for job in short}
