@@ -16,11 +16,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from embedq.producer import EmbedQueue
 from embedq.producer.connection import connect
 from embedq.worker import EmbedWorker, WorkerSettings
 from embedq.worker.redis_server import RedisServer
+
+# How fast the machine is decides nothing: hypothesis otherwise fails a test whose examples are slow to draw.
+settings.register_profile("embedq", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("embedq")
 
 #: Runs a worker until the queues are empty; returns it for a look at its counters.
 Drain = Callable[..., EmbedWorker]
