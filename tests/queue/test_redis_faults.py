@@ -445,6 +445,32 @@ def test_clients_leave_a_master_that_became_a_replica(switched: Switched) -> Non
             assert direct.status(job.id) is JobStatus.QUEUED
 
 
+def test_awaited_calls_that_go_together_leave_a_replica_together(switched: Switched) -> None:
+    proxy, old, new = switched
+
+    async def scenario() -> None:
+        async with AsyncEmbedQueue(proxy.url) as queue:
+            is_over = asyncio.Event()
+
+            async def caller() -> None:
+                while not is_over.is_set():
+                    await queue.enqueue("text")
+
+            calls = [asyncio.create_task(caller()) for _ in range(50)]
+            await asyncio.sleep(0.2)
+            await asyncio.to_thread(switch, proxy, old, new)
+            await asyncio.sleep(0.5)
+            is_over.set()
+            await asyncio.gather(*calls)
+            with EmbedQueue(new.url) as direct:
+                assert direct.depth() > 0
+        async with AsyncEmbedQueue(old.url) as queue:
+            ends = await asyncio.gather(*(queue.enqueue("text") for _ in range(100)), return_exceptions=True)
+            assert {type(end) for end in ends} == {QueueServerError}
+
+    asyncio.run(scenario())
+
+
 def test_a_worker_leaves_a_master_that_became_a_replica(switched: Switched, start: Start) -> None:  # noqa: F811
     proxy, old, new = switched
     with EmbedQueue(proxy.url) as queue, EmbedQueue(new.url) as direct:
