@@ -73,34 +73,36 @@ class _Sentinels(redis.sentinel.Sentinel):
     """As redis-py's, but for the error: where none names a master it says why in one line."""
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
-        errors: list[redis.RedisError] = []
-        for place, sentinel in enumerate(self.sentinels):
+        # Others may ask at the same time: the list is never changed, another one takes its place.
+        asked, errors = self.sentinels, []
+        for sentinel in asked:
             try:
                 masters: Any = sentinel.sentinel_masters()
-            except (redis.ConnectionError, redis.TimeoutError) as err:
+            except redis.RedisError as err:
                 errors.append(err)
                 continue
             state = masters.get(service_name)
             if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
-                self.sentinels.insert(0, self.sentinels.pop(place))
+                self.sentinels = [sentinel, *(other for other in asked if other is not sentinel)]
                 return state["ip"], state["port"]
-        raise _no_master(service_name, errors)
+        raise _no_master(service_name, len(asked), errors)
 
 
 class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
     async def discover_master(self, service_name: str) -> tuple[str, int]:
-        errors: list[redis.RedisError] = []
-        for place, sentinel in enumerate(self.sentinels):
+        # Others may ask at the same time: the list is never changed, another one takes its place.
+        asked, errors = self.sentinels, []
+        for sentinel in asked:
             try:
                 masters: Any = await sentinel.sentinel_masters()
-            except (redis.ConnectionError, redis.TimeoutError) as err:
+            except redis.RedisError as err:
                 errors.append(err)
                 continue
             state = masters.get(service_name)
             if state and self.check_master_state(state, service_name):
-                self.sentinels.insert(0, self.sentinels.pop(place))
+                self.sentinels = [sentinel, *(other for other in asked if other is not sentinel)]
                 return state["ip"], state["port"]
-        raise _no_master(service_name, errors)
+        raise _no_master(service_name, len(asked), errors)
 
 
 class _MasterPool(redis.sentinel.SentinelConnectionPool):
@@ -175,12 +177,22 @@ def _asking(url: SentinelUrl, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**asked, **url.credentials}
 
 
-def _no_master(service: str, errors: Sequence[redis.RedisError]) -> redis.RedisError:
-    """`errors`: what asking a Sentinel ended in, where it could not be asked."""
-    for err in errors:
-        if isinstance(err, redis.AuthenticationError):
-            return redis.AuthenticationError("a Sentinel refuses sentinel_username and sentinel_password")
-        if refusal := tls_refusal(err):
-            return TLSRefusedError(f"a Sentinel: {refusal}")
+def _no_master(service: str, num_asked: int, errors: Sequence[redis.RedisError]) -> redis.RedisError:
+    """`errors`: what asking a Sentinel ended in, where it could not be asked.
+
+    A refusal only where all refuse: while one can be asked, it may name a master when a failover has ended.
+    """
+    refusals = [refusal for err in errors if (refusal := _refusal(err))]
+    if refusals and len(refusals) == num_asked:
+        return refusals[0]
     asked = "no Sentinel that can be reached" if errors else "no Sentinel"
     return MasterNotFoundError(f"{asked} names a live master of the service {service!r}")
+
+
+def _refusal(err: redis.RedisError) -> redis.RedisError | None:
+    """None where the Sentinel may answer later."""
+    if isinstance(err, redis.AuthenticationError):
+        return redis.AuthenticationError("a Sentinel refuses sentinel_username and sentinel_password")
+    if refusal := tls_refusal(err):
+        return TLSRefusedError(f"a Sentinel: {refusal}")
+    return err if isinstance(err, redis.ResponseError) else None
