@@ -21,10 +21,17 @@ from redis.sentinel import MasterNotFoundError
 
 from embedq.producer import sentinel_url
 from embedq.producer.redis_connections import (
+    AsyncPlainConnection,
+    AsyncTLSConnection,
+    BeginsInTime,
+    BeginsInTimeAsync,
     LeavesReplicas,
     LeavesReplicasAsync,
+    PlainConnection,
+    ServerTooOldError,
     ShakesHands,
     ShakesHandsAsync,
+    TLSConnection,
     TLSRefusedError,
     tls_refusal,
 )
@@ -51,20 +58,28 @@ class _AsksSentinelAsync:
         return await super().send_packed_command(*args, **kwargs)  # type: ignore[misc]
 
 
-class _MasterConnection(LeavesReplicas, _AsksSentinel, redis.sentinel.SentinelManagedConnection):
+class _MasterConnection(LeavesReplicas, BeginsInTime, _AsksSentinel, redis.sentinel.SentinelManagedConnection):
     pass
 
 
-class _TLSMasterConnection(ShakesHands, LeavesReplicas, _AsksSentinel, redis.sentinel.SentinelManagedSSLConnection):
+class _TLSMasterConnection(
+    ShakesHands, LeavesReplicas, BeginsInTime, _AsksSentinel, redis.sentinel.SentinelManagedSSLConnection
+):
     pass
 
 
-class _AsyncMasterConnection(LeavesReplicasAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedConnection):
+class _AsyncMasterConnection(
+    LeavesReplicasAsync, BeginsInTimeAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedConnection
+):
     pass
 
 
 class _AsyncTLSMasterConnection(
-    ShakesHandsAsync, LeavesReplicasAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedSSLConnection
+    ShakesHandsAsync,
+    LeavesReplicasAsync,
+    BeginsInTimeAsync,
+    _AsksSentinelAsync,
+    redis.asyncio.sentinel.SentinelManagedSSLConnection,
 ):
     pass
 
@@ -129,6 +144,8 @@ def connect(url: str, settings: Mapping[str, Any]) -> redis.Redis:
     settings = {**settings, **_options(parsed)}
     asked = {**_asking(parsed, settings), "retry": Retry(NoBackoff(), 0)}
     sentinels: Any = _Sentinels(parsed.sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    for sentinel in sentinels.sentinels:
+        sentinel.connection_pool.connection_class = TLSConnection if parsed.is_tls else PlainConnection
     client: redis.Redis = sentinels.master_for(
         parsed.service,
         connection_pool_class=_MasterPool,
@@ -144,6 +161,8 @@ def connect_async(url: str, settings: Mapping[str, Any]) -> redis.asyncio.Redis:
     settings = {**settings, **_options(parsed)}
     asked = {**_asking(parsed, settings), "retry": AsyncRetry(NoBackoff(), 0)}
     sentinels: Any = _AsyncSentinels(parsed.sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    for sentinel in sentinels.sentinels:
+        sentinel.connection_pool.connection_class = AsyncTLSConnection if parsed.is_tls else AsyncPlainConnection
     client: redis.asyncio.Redis = sentinels.master_for(
         parsed.service,
         connection_pool_class=_AsyncMasterPool,
@@ -195,4 +214,4 @@ def _refusal(err: redis.RedisError) -> redis.RedisError | None:
         return redis.AuthenticationError("a Sentinel refuses sentinel_username and sentinel_password")
     if refusal := tls_refusal(err):
         return TLSRefusedError(f"a Sentinel: {refusal}")
-    return err if isinstance(err, redis.ResponseError) else None
+    return err if isinstance(err, (redis.ResponseError, ServerTooOldError)) else None

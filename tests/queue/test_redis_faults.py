@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from embedq.producer import (
     EmbedQueue,
     JobFailedError,
     JobStatus,
+    QueueConnectionError,
     QueueFull,
     QueueServerError,
     keys,
@@ -362,6 +365,50 @@ def test_a_worker_keeps_the_time_limit_of_its_connection(url: str) -> None:
         with connect(url, **given) as client:
             worker = EmbedWorker(["embed"], connection=client, settings=WorkerSettings(model="noop:8"))
             assert worker.connection.connection_pool.connection_kwargs["socket_timeout"] == kept
+
+
+@pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_server_that_hangs_is_given_up_in_the_time_that_connect_tells(
+    short_path: Path, kind: str, is_warm: bool
+) -> None:
+    """The limits are those of the URL: 0.8 s for an answer, 0.2 s for a connection to begin."""
+    limit_s = (0.8 if is_warm else 0.0) + 0.2 + 0.4  # that much for pauses and a busy machine
+
+    async def awaited(url: str, server: RedisServer) -> None:
+        queue = AsyncEmbedQueue(url)
+        if is_warm:
+            await queue.depth()
+        with stopped(server):
+            began_at = time.monotonic()
+            with pytest.raises(QueueConnectionError, match="in time"):
+                await asyncio.wait_for(queue.depth(), 20)
+            assert time.monotonic() - began_at < limit_s
+            await asyncio.wait_for(queue.close(), 5)
+
+    with RedisServer(short_path, port=0 if kind == "tcp" else None) as server:
+        url = f"{server.url}?socket_timeout=0.8&socket_connect_timeout=0.2"
+        assert url.startswith("unix:") == (kind == "unix")
+        with EmbedQueue(url) as queue:
+            with EmbedQueue(server.url) as patient:
+                job_id = patient.enqueue("text").id
+            if is_warm:
+                queue.depth()
+            with stopped(server):
+                began_at = time.monotonic()
+                with pytest.raises(QueueConnectionError, match="in time"):
+                    queue.result(job_id, timeout=0.01)
+                assert time.monotonic() - began_at < limit_s
+        asyncio.run(awaited(url, server))
+
+
+@contextlib.contextmanager
+def stopped(server: RedisServer) -> Iterator[None]:
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
 
 
 def test_a_wait_that_the_server_does_not_end_is_given_up(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
