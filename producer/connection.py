@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio
@@ -28,14 +29,17 @@ from embedq.producer.errors import (
 from embedq.producer.redis_connections import (
     AsyncPlainConnection,
     AsyncTLSConnection,
+    AsyncUnixConnection,
+    ConnectTimeoutError,
     PlainConnection,
     TLSConnection,
     TLSRefusedError,
     TLSTimeoutError,
+    UnixConnection,
 )
 
 DEFAULT_URL = "redis://localhost:6379/0"
-#: Seconds to wait for a connection, and for the answer to any command that doesn't block.
+#: Seconds to wait for a connection, for it to begin, and for the answer to any command that doesn't block.
 CONNECT_TIMEOUT_S = 5.0
 SOCKET_TIMEOUT_S = 30.0
 #: How Redis says that it cannot serve at the moment: as an error of its own class, or from inside a script of ours
@@ -50,33 +54,60 @@ _FULL = re.compile(r"\bOOM\b|when used memory > 'maxmemory'")
 _HUNG_UP = re.compile(r"Connection closed|reset by peer|Broken pipe|EOF occurred")
 #: How a script says what its user may not do.
 _DENIED = re.compile(r"NOPERM|The user executing the script can't (?:run|access)|ACL failure in script")
+_DATABASE = re.compile(r"/\d{1,9}/?", re.ASCII)
 #: Attempts after the first one, 0.05 to 0.5 s apart. Our scripts change nothing more when they are sent twice.
 RETRIES = 2
 BACKOFF = ExponentialBackoff(cap=0.5, base=0.05)
 
 #: What redis-py itself tries again, on a new connection: also what a replica refused.
-_RETRIED: Any = (redis.ConnectionError, redis.TimeoutError, TimeoutError, redis.ReadOnlyError)
+_RETRIED: Any = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError)
 #: By the URL's scheme.
 _CONNECTIONS: dict[str, Any] = {
     "redis": PlainConnection,
     "rediss": TLSConnection,
-    "unix": redis.UnixDomainSocketConnection,
+    "unix": UnixConnection,
 }
 _ASYNC_CONNECTIONS: dict[str, Any] = {
     "redis": AsyncPlainConnection,
     "rediss": AsyncTLSConnection,
-    "unix": redis.asyncio.UnixDomainSocketConnection,
+    "unix": AsyncUnixConnection,
 }
 
 Client = TypeVar("Client", redis.Redis, redis.asyncio.Redis)
 
 
+def _may_help(err: Exception) -> bool:
+    """Whether to try again. A server that lets a new connection wait hangs, and redis-py has retries inside retries:
+    all would wait.
+    """
+    return not isinstance(err, ConnectTimeoutError)
+
+
+class _Retry(Retry):
+    def call_with_retry(
+        self, do: Any, fail: Any, is_retryable: Any = _may_help, with_failure_count: bool = False
+    ) -> Any:
+        return super().call_with_retry(do, fail, is_retryable, with_failure_count)
+
+
+class _AsyncRetry(AsyncRetry):
+    async def call_with_retry(
+        self, do: Any, fail: Any, is_retryable: Any = _may_help, with_failure_count: bool = False
+    ) -> Any:
+        return await super().call_with_retry(do, fail, is_retryable, with_failure_count)
+
+
 def connect(url: str, **options: Any) -> redis.Redis:
     """A client for `redis://`, `rediss://` or `unix://`, or of the master that Sentinel names for `redis+sentinel://`
     or `rediss+sentinel://` (see `sentinel_url`); nothing is sent yet. Raises ConfigurationError.
+
+    A Redis that hangs is given up after CONNECT_TIMEOUT_S where a connection is to begin, and after SOCKET_TIMEOUT_S +
+    CONNECT_TIMEOUT_S, 35 s, by a call on one that was there already, as it tries another: so may a blocking wait for
+    a result last longer than its own time limit.
     """
-    settings = _settings(url, {"retry": Retry(BACKOFF, RETRIES, _RETRIED), **options})
+    settings = _settings(url, {"retry": _Retry(BACKOFF, RETRIES, _RETRIED), **options})
     with _readable(url):
+        _check_parts(url)
         if (scheme := _scheme(url)) in sentinel_url.SCHEMES:
             client = sentinel.connect(url, settings)
         else:
@@ -88,8 +119,9 @@ def connect(url: str, **options: Any) -> redis.Redis:
 
 def connect_async(url: str, **options: Any) -> redis.asyncio.Redis:
     """The same to be awaited, in one event loop."""
-    settings = _settings(url, {"retry": AsyncRetry(BACKOFF, RETRIES, _RETRIED), **options})
+    settings = _settings(url, {"retry": _AsyncRetry(BACKOFF, RETRIES, _RETRIED), **options})
     with _readable(url):
+        _check_parts(url)
         if (scheme := _scheme(url)) in sentinel_url.SCHEMES:
             client = sentinel.connect_async(url, settings)
         else:
@@ -119,11 +151,22 @@ def _settings(url: str, options: dict[str, Any]) -> dict[str, Any]:
         **options,
     }
     if scheme == "unix":
-        del settings["socket_connect_timeout"], settings["socket_keepalive"]
+        del settings["socket_keepalive"]
     if scheme.startswith("rediss"):
         # The defaults of today's redis-py, and no others, however it changes them.
         settings |= {"ssl_cert_reqs": "required", "ssl_check_hostname": True}
     return settings
+
+
+def _check_parts(url: str) -> None:
+    """Raises ValueError where a `/`, `?` or `#` of a password has ended the host: what comes before it would be taken
+    for the server's name, and told.
+    """
+    parts = urlsplit(url)
+    if "#" in url or "@" in parts.path + parts.query:
+        raise ValueError("more than a path and options behind the host")
+    if parts.scheme in ("redis", "rediss") and parts.path.strip("/") and not _DATABASE.fullmatch(parts.path):
+        raise ValueError("no database's number")
 
 
 @contextmanager

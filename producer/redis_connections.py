@@ -1,11 +1,12 @@
-"""redis-py's connections with what a fleet needs of them: none stays with a server that is no master any more, and a
-TLS handshake ends in time and says when it was refused.
+"""redis-py's connections with what a fleet needs of them: none stays with a server that is no master any more, all are
+made in time or not at all, none tells a password, and a TLS handshake says when it was refused.
 
 Knows sockets and redis-py's classes; knows no URLs and no commands. Each class has its twin for asyncio.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import ssl
 from typing import Any
@@ -16,6 +17,8 @@ import redis.asyncio
 #: A replica's answer to a write: as an error of its own class, or out of a script as text, in which Redis 6 puts its
 #: own code first.
 _DEMOTED = re.compile(r"\bREADONLY\b|read only replica")
+#: A server's answer to a command that it does not know: it quotes the arguments.
+_UNKNOWN = re.compile(r"unknown command", re.IGNORECASE)
 #: Endings of a TLS connection that are no refusal: the other side has just gone.
 _TLS_ENDINGS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 
@@ -26,6 +29,17 @@ class TLSRefusedError(redis.ConnectionError):
 
 class TLSTimeoutError(redis.RedisError):
     """No handshake in time. No ConnectionError, so that redis-py does not try it three times over."""
+
+
+class ConnectTimeoutError(redis.TimeoutError):
+    """No connection in time, or no answer to the commands that begin it."""
+
+
+class ServerTooOldError(redis.RedisError):
+    """A command that begins a connection is not known to the server."""
+
+    def __init__(self) -> None:
+        super().__init__("it does not know a command that begins a connection, as HELLO; Redis 6.2 or later is needed")
 
 
 def tls_refusal(err: BaseException) -> TLSRefusedError | None:
@@ -48,6 +62,53 @@ def _tls_reason(err: ssl.SSLError) -> str:
     if isinstance(err, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {err.verify_message}"
     return (err.reason or "the handshake failed").lower().replace("_", " ")
+
+
+class BeginsInTime:
+    """Waits `socket_connect_timeout`, not `socket_timeout`, for each answer that begins a connection. Says nothing of
+    what a server quotes that does not know HELLO: user and password.
+    """
+
+    def connect_check_health(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().connect_check_health(*args, **kwargs)  # type: ignore[misc]
+        except redis.TimeoutError as err:
+            raise ConnectTimeoutError(str(err)) from err
+
+    def on_connect_check_health(self: Any, *_: Any, **__: Any) -> None:
+        """Without redis-py's PING before the first command, which it would try again."""
+        self._sock.settimeout(self.socket_connect_timeout)
+        try:
+            super().on_connect_check_health(check_health=False)  # type: ignore[misc]
+            self._sock.settimeout(self.socket_timeout)
+            return
+        except redis.ResponseError as err:
+            if not _UNKNOWN.search(str(err)):
+                raise
+        # Out here, so that the error brings no other along.
+        raise ServerTooOldError
+
+
+class BeginsInTimeAsync:
+    """Waits `socket_connect_timeout` for all of them together."""
+
+    async def connect_check_health(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().connect_check_health(*args, **kwargs)  # type: ignore[misc]
+        except redis.TimeoutError as err:
+            raise ConnectTimeoutError(str(err)) from err
+
+    async def on_connect_check_health(self: Any, *_: Any, **__: Any) -> None:
+        try:
+            async with asyncio.timeout(self.socket_connect_timeout):
+                await super().on_connect_check_health(check_health=False)  # type: ignore[misc]
+            return
+        except TimeoutError:
+            raise redis.TimeoutError(f"Timeout reading from {self._host_error()}") from None
+        except redis.ResponseError as err:
+            if not _UNKNOWN.search(str(err)):
+                raise
+        raise ServerTooOldError
 
 
 class LeavesReplicas:
@@ -139,17 +200,28 @@ class ShakesHandsAsync:
             raise
 
 
-class PlainConnection(LeavesReplicas, redis.Connection):
+class PlainConnection(LeavesReplicas, BeginsInTime, redis.Connection):
     pass
 
 
-class TLSConnection(ShakesHands, LeavesReplicas, redis.SSLConnection):
+class TLSConnection(ShakesHands, LeavesReplicas, BeginsInTime, redis.SSLConnection):
     pass
 
 
-class AsyncPlainConnection(LeavesReplicasAsync, redis.asyncio.Connection):
+class UnixConnection(LeavesReplicas, BeginsInTime, redis.UnixDomainSocketConnection):
     pass
 
 
-class AsyncTLSConnection(ShakesHandsAsync, LeavesReplicasAsync, redis.asyncio.SSLConnection):
+class AsyncPlainConnection(LeavesReplicasAsync, BeginsInTimeAsync, redis.asyncio.Connection):
     pass
+
+
+class AsyncTLSConnection(ShakesHandsAsync, LeavesReplicasAsync, BeginsInTimeAsync, redis.asyncio.SSLConnection):
+    pass
+
+
+class AsyncUnixConnection(LeavesReplicasAsync, BeginsInTimeAsync, redis.asyncio.UnixDomainSocketConnection):
+    async def _connect(self: Any) -> None:
+        """redis-py's begins the connection here as well, past any limit of time, and once more afterwards."""
+        async with asyncio.timeout(self.socket_connect_timeout):
+            self._reader, self._writer = await asyncio.open_unix_connection(path=self.path)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import redis
 import redis.asyncio
 
-from embedq.producer.connection import closed
+from embedq.producer.connection import BACKOFF, RETRIES, closed
 from embedq.producer.scripts import LOADS
 
 #: Connections that all calls share.
@@ -29,6 +29,8 @@ class _Question(NamedTuple):
 
     commands: Sequence[Command]
     answer: asyncio.Future[list[Any]]
+    #: how often a replica refused them
+    num_demotions: int = 0
 
 
 class RoundTrips:
@@ -119,12 +121,12 @@ class RoundTrips:
     async def _answer_all(self, batch: list[_Question]) -> None:
         """This batch, and what waits when it is done."""
         while batch:
+            again: list[_Question] = []
             try:
-                replies = iter(await self._go([command for question in batch for command in question.commands]))
-                for question in batch:
-                    found = [next(replies) for _ in question.commands]
-                    if not question.answer.done():
-                        question.answer.set_result(found)
+                replies = await self._go([command for question in batch for command in question.commands])
+                again = self._answer(batch, replies)
+                if again:
+                    await asyncio.sleep(BACKOFF.compute(again[0].num_demotions))
             except Exception as err:
                 for question in batch:
                     if not question.answer.done():
@@ -133,7 +135,22 @@ class RoundTrips:
                 for question in batch:
                     question.answer.cancel()
                 raise
-            batch = self._next_batch()
+            batch = again or self._next_batch()
+
+    @staticmethod
+    def _answer(batch: Sequence[_Question], replies: Sequence[Any]) -> list[_Question]:
+        """Those that a replica refused, to be asked again: out of a pipeline redis-py lets such a reply through. Their
+        connection makes itself anew, perhaps to the new master.
+        """
+        again: list[_Question] = []
+        left = iter(replies)
+        for question in batch:
+            found = [next(left) for _ in question.commands]
+            if question.num_demotions < RETRIES and any(isinstance(reply, redis.ReadOnlyError) for reply in found):
+                again.append(question._replace(num_demotions=question.num_demotions + 1))
+            elif not question.answer.done():
+                question.answer.set_result(found)
+        return again
 
     def _next_batch(self) -> list[_Question]:
         batch: list[_Question] = []

@@ -21,10 +21,17 @@ from redis.sentinel import MasterNotFoundError
 
 from embedq.producer import sentinel_url
 from embedq.producer.redis_connections import (
+    AsyncPlainConnection,
+    AsyncTLSConnection,
+    BeginsInTime,
+    BeginsInTimeAsync,
     LeavesReplicas,
     LeavesReplicasAsync,
+    PlainConnection,
+    ServerTooOldError,
     ShakesHands,
     ShakesHandsAsync,
+    TLSConnection,
     TLSRefusedError,
     tls_refusal,
 )
@@ -51,20 +58,28 @@ class _AsksSentinelAsync:
         return await super().send_packed_command(*args, **kwargs)  # type: ignore[misc]
 
 
-class _MasterConnection(LeavesReplicas, _AsksSentinel, redis.sentinel.SentinelManagedConnection):
+class _MasterConnection(LeavesReplicas, BeginsInTime, _AsksSentinel, redis.sentinel.SentinelManagedConnection):
     pass
 
 
-class _TLSMasterConnection(ShakesHands, LeavesReplicas, _AsksSentinel, redis.sentinel.SentinelManagedSSLConnection):
+class _TLSMasterConnection(
+    ShakesHands, LeavesReplicas, BeginsInTime, _AsksSentinel, redis.sentinel.SentinelManagedSSLConnection
+):
     pass
 
 
-class _AsyncMasterConnection(LeavesReplicasAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedConnection):
+class _AsyncMasterConnection(
+    LeavesReplicasAsync, BeginsInTimeAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedConnection
+):
     pass
 
 
 class _AsyncTLSMasterConnection(
-    ShakesHandsAsync, LeavesReplicasAsync, _AsksSentinelAsync, redis.asyncio.sentinel.SentinelManagedSSLConnection
+    ShakesHandsAsync,
+    LeavesReplicasAsync,
+    BeginsInTimeAsync,
+    _AsksSentinelAsync,
+    redis.asyncio.sentinel.SentinelManagedSSLConnection,
 ):
     pass
 
@@ -73,34 +88,36 @@ class _Sentinels(redis.sentinel.Sentinel):
     """As redis-py's, but for the error: where none names a master it says why in one line."""
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
-        errors: list[redis.RedisError] = []
-        for place, sentinel in enumerate(self.sentinels):
+        # Others may ask at the same time: the list is never changed, another one takes its place.
+        asked, errors = self.sentinels, []
+        for sentinel in asked:
             try:
                 masters: Any = sentinel.sentinel_masters()
-            except (redis.ConnectionError, redis.TimeoutError) as err:
+            except redis.RedisError as err:
                 errors.append(err)
                 continue
             state = masters.get(service_name)
             if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
-                self.sentinels.insert(0, self.sentinels.pop(place))
+                self.sentinels = [sentinel, *(other for other in asked if other is not sentinel)]
                 return state["ip"], state["port"]
-        raise _no_master(service_name, errors)
+        raise _no_master(service_name, len(asked), errors)
 
 
 class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
     async def discover_master(self, service_name: str) -> tuple[str, int]:
-        errors: list[redis.RedisError] = []
-        for place, sentinel in enumerate(self.sentinels):
+        # Others may ask at the same time: the list is never changed, another one takes its place.
+        asked, errors = self.sentinels, []
+        for sentinel in asked:
             try:
                 masters: Any = await sentinel.sentinel_masters()
-            except (redis.ConnectionError, redis.TimeoutError) as err:
+            except redis.RedisError as err:
                 errors.append(err)
                 continue
             state = masters.get(service_name)
             if state and self.check_master_state(state, service_name):
-                self.sentinels.insert(0, self.sentinels.pop(place))
+                self.sentinels = [sentinel, *(other for other in asked if other is not sentinel)]
                 return state["ip"], state["port"]
-        raise _no_master(service_name, errors)
+        raise _no_master(service_name, len(asked), errors)
 
 
 class _MasterPool(redis.sentinel.SentinelConnectionPool):
@@ -127,6 +144,8 @@ def connect(url: str, settings: Mapping[str, Any]) -> redis.Redis:
     settings = {**settings, **_options(parsed)}
     asked = {**_asking(parsed, settings), "retry": Retry(NoBackoff(), 0)}
     sentinels: Any = _Sentinels(parsed.sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    for sentinel in sentinels.sentinels:
+        sentinel.connection_pool.connection_class = TLSConnection if parsed.is_tls else PlainConnection
     client: redis.Redis = sentinels.master_for(
         parsed.service,
         connection_pool_class=_MasterPool,
@@ -142,6 +161,8 @@ def connect_async(url: str, settings: Mapping[str, Any]) -> redis.asyncio.Redis:
     settings = {**settings, **_options(parsed)}
     asked = {**_asking(parsed, settings), "retry": AsyncRetry(NoBackoff(), 0)}
     sentinels: Any = _AsyncSentinels(parsed.sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    for sentinel in sentinels.sentinels:
+        sentinel.connection_pool.connection_class = AsyncTLSConnection if parsed.is_tls else AsyncPlainConnection
     client: redis.asyncio.Redis = sentinels.master_for(
         parsed.service,
         connection_pool_class=_AsyncMasterPool,
@@ -175,12 +196,22 @@ def _asking(url: SentinelUrl, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**asked, **url.credentials}
 
 
-def _no_master(service: str, errors: Sequence[redis.RedisError]) -> redis.RedisError:
-    """`errors`: what asking a Sentinel ended in, where it could not be asked."""
-    for err in errors:
-        if isinstance(err, redis.AuthenticationError):
-            return redis.AuthenticationError("a Sentinel refuses sentinel_username and sentinel_password")
-        if refusal := tls_refusal(err):
-            return TLSRefusedError(f"a Sentinel: {refusal}")
+def _no_master(service: str, num_asked: int, errors: Sequence[redis.RedisError]) -> redis.RedisError:
+    """`errors`: what asking a Sentinel ended in, where it could not be asked.
+
+    A refusal only where all refuse: while one can be asked, it may name a master when a failover has ended.
+    """
+    refusals = [refusal for err in errors if (refusal := _refusal(err))]
+    if refusals and len(refusals) == num_asked:
+        return refusals[0]
     asked = "no Sentinel that can be reached" if errors else "no Sentinel"
     return MasterNotFoundError(f"{asked} names a live master of the service {service!r}")
+
+
+def _refusal(err: redis.RedisError) -> redis.RedisError | None:
+    """None where the Sentinel may answer later."""
+    if isinstance(err, redis.AuthenticationError):
+        return redis.AuthenticationError("a Sentinel refuses sentinel_username and sentinel_password")
+    if refusal := tls_refusal(err):
+        return TLSRefusedError(f"a Sentinel: {refusal}")
+    return err if isinstance(err, (redis.ResponseError, ServerTooOldError)) else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from embedq.producer import (
     EmbedQueue,
     JobFailedError,
     JobStatus,
+    QueueConnectionError,
     QueueFull,
     QueueServerError,
     keys,
@@ -364,6 +367,50 @@ def test_a_worker_keeps_the_time_limit_of_its_connection(url: str) -> None:
             assert worker.connection.connection_pool.connection_kwargs["socket_timeout"] == kept
 
 
+@pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_server_that_hangs_is_given_up_in_the_time_that_connect_tells(
+    short_path: Path, kind: str, is_warm: bool
+) -> None:
+    """The limits are those of the URL: 0.8 s for an answer, 0.2 s for a connection to begin."""
+    limit_s = (0.8 if is_warm else 0.0) + 0.2 + 0.4  # that much for pauses and a busy machine
+
+    async def awaited(url: str, server: RedisServer) -> None:
+        queue = AsyncEmbedQueue(url)
+        if is_warm:
+            await queue.depth()
+        with stopped(server):
+            began_at = time.monotonic()
+            with pytest.raises(QueueConnectionError, match="in time"):
+                await asyncio.wait_for(queue.depth(), 20)
+            assert time.monotonic() - began_at < limit_s
+            await asyncio.wait_for(queue.close(), 5)
+
+    with RedisServer(short_path, port=0 if kind == "tcp" else None) as server:
+        url = f"{server.url}?socket_timeout=0.8&socket_connect_timeout=0.2"
+        assert url.startswith("unix:") == (kind == "unix")
+        with EmbedQueue(url) as queue:
+            with EmbedQueue(server.url) as patient:
+                job_id = patient.enqueue("text").id
+            if is_warm:
+                queue.depth()
+            with stopped(server):
+                began_at = time.monotonic()
+                with pytest.raises(QueueConnectionError, match="in time"):
+                    queue.result(job_id, timeout=0.01)
+                assert time.monotonic() - began_at < limit_s
+        asyncio.run(awaited(url, server))
+
+
+@contextlib.contextmanager
+def stopped(server: RedisServer) -> Iterator[None]:
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
 def test_a_wait_that_the_server_does_not_end_is_given_up(queue: EmbedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     waiter = QueueWaiter(queue._client, [keys.queue("embed")])
     with contextlib.closing(waiter):
@@ -443,6 +490,32 @@ def test_clients_leave_a_master_that_became_a_replica(switched: Switched) -> Non
         job = queue.enqueue("after")
         with EmbedQueue(new.url) as direct:
             assert direct.status(job.id) is JobStatus.QUEUED
+
+
+def test_awaited_calls_that_go_together_leave_a_replica_together(switched: Switched) -> None:
+    proxy, old, new = switched
+
+    async def scenario() -> None:
+        async with AsyncEmbedQueue(proxy.url) as queue:
+            is_over = asyncio.Event()
+
+            async def caller() -> None:
+                while not is_over.is_set():
+                    await queue.enqueue("text")
+
+            calls = [asyncio.create_task(caller()) for _ in range(50)]
+            await asyncio.sleep(0.2)
+            await asyncio.to_thread(switch, proxy, old, new)
+            await asyncio.sleep(0.5)
+            is_over.set()
+            await asyncio.gather(*calls)
+            with EmbedQueue(new.url) as direct:
+                assert direct.depth() > 0
+        async with AsyncEmbedQueue(old.url) as queue:
+            ends = await asyncio.gather(*(queue.enqueue("text") for _ in range(100)), return_exceptions=True)
+            assert {type(end) for end in ends} == {QueueServerError}
+
+    asyncio.run(scenario())
 
 
 def test_a_worker_leaves_a_master_that_became_a_replica(switched: Switched, start: Start) -> None:  # noqa: F811

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,8 +17,18 @@ import redis
 from click.testing import CliRunner
 from rq import Queue
 
-from embedq.producer import EmbedqError, EmbedQueue, EmbedSerializer, JobStatus, keys, wire
-from embedq.producer.connection import connect
+from embedq.producer import (
+    AsyncEmbedQueue,
+    ConfigurationError,
+    EmbedqError,
+    EmbedQueue,
+    EmbedSerializer,
+    JobStatus,
+    QueueServerError,
+    keys,
+    wire,
+)
+from embedq.producer.connection import connect, connect_async
 from embedq.worker import EmbedWorker, WorkerSettings
 from embedq.worker.cli import main
 from embedq.worker.redis_server import RedisServer, free_port
@@ -60,6 +73,19 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerWithPass
         yield server
 
 
+class ServerWithoutHello(RedisServer):
+    """Nobody can greet it, so that it is ready when it listens."""
+
+    def _await_ready(self) -> None:
+        def listens() -> bool:
+            self.check()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port or 0)):
+                return True
+            return False
+
+        until(listens)
+
+
 def title(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 
@@ -96,6 +122,11 @@ def failing_urls() -> list[str]:
         f"redi://:{QUOTED}@127.0.0.1/0",
         f":{QUOTED}@127.0.0.1",
         f"rediss://:{QUOTED}@127.0.0.1:{port}/0?ssl_keyfile=/none&ssl_password={QUOTED}",
+        f"redis://{SECRET}@127.0.0.1:{port}",
+        f"redis://127.0.0.1:{port}#{SECRET}@127.0.0.1:{port}",
+        f"redis://user:12?{SECRET}@127.0.0.1:{port}/0",
+        f"redis+sentinel://user:12/{SECRET}@127.0.0.1:{port}",
+        f"unix://:12/{SECRET}@/no/such/socket",
         f"unix://:{QUOTED}@/no/such/socket",
         f"unix:///no/such/socket?password={QUOTED}&db={QUOTED}",
     ]
@@ -110,14 +141,60 @@ def test_a_url_that_does_not_do_is_told_without_its_password(url: str, debug: Se
         assert_hidden(shown.output)
 
 
+@pytest.mark.parametrize(
+    "url", ["redis://me:12/pa55@h:1", "redis://pa55/word@h", "redis://:12#x@h", "redis://h/notadb"]
+)
+def test_what_may_be_a_piece_of_a_password_is_no_place_to_connect_to(url: str) -> None:
+    for connecting in (connect, connect_async):
+        with pytest.raises(ConfigurationError, match=r"the Redis URL redis://\.\.\. cannot be read"):
+            connecting(url)
+
+
+def causes(err: BaseException) -> Iterator[BaseException]:
+    error: BaseException | None = err
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def test_a_server_that_does_not_know_hello_is_not_quoted(tmp_path: Path, short_path: Path) -> None:
+    configuration = tmp_path / "redis.conf"
+    configuration.write_text('rename-command HELLO ""\nrename-command AUTH ""\n')
+    with ServerWithoutHello(short_path, port=0, configuration=configuration) as server:
+        login = server.url.replace("redis://", f"redis://ann:{QUOTED}@")
+        for url in (login, f"{login}?protocol=2"):
+            for error in (*blocking_failure(url), *asyncio.run(awaited_failure(url))):
+                assert_hidden(str(error))
+                assert "Redis 6.2" in str(error)
+            shown = subprocess.run(
+                [*EMBEDQ, "--debug", "worker", "--url", url, "--model", "noop:8"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert shown.returncode == 5
+            assert_hidden(shown.stdout + shown.stderr)
+
+
+def blocking_failure(url: str) -> list[BaseException]:
+    with EmbedQueue(url) as queue, pytest.raises(QueueServerError) as caught:
+        queue.depth()
+    return list(causes(caught.value))
+
+
+async def awaited_failure(url: str) -> list[BaseException]:
+    async with AsyncEmbedQueue(url) as queue:
+        with pytest.raises(QueueServerError) as caught:
+            await queue.depth()
+    return list(causes(caught.value))
+
+
 def test_a_wrong_password_is_in_no_message_and_no_chain_of_causes(guarded: ServerWithPassword) -> None:
     url = guarded.login.replace(QUOTED, "wr0ng-pa55")
     with EmbedQueue(url) as queue, pytest.raises(EmbedqError) as caught:
         queue.enqueue("a text")
-    error: BaseException | None = caught.value
-    while error is not None:
+    for error in causes(caught.value):
         assert_hidden(str(error))
-        error = error.__cause__ or error.__context__
     assert_hidden(repr(queue))
     shown = subprocess.run(
         [*EMBEDQ, "--debug", "worker", "--url", url, "--model", "noop:8"], capture_output=True, text=True, timeout=60

@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import redis
 
 from embedq.model import NoopEncoder
 from embedq.producer import (
@@ -26,7 +28,7 @@ from embedq.producer import (
     QueueServerError,
     keys,
 )
-from embedq.producer.connection import connect, connect_async, describe
+from embedq.producer.connection import connect, connect_async, describe, is_passing
 from embedq.producer.embeddings import Embeddings
 from tests.conftest import redis_binaries, until
 from tests.queue.replicated_redis import SERVICE, ReplicatedRedis
@@ -139,6 +141,92 @@ def test_credentials_that_a_sentinel_refuses_are_no_reason_to_wait(short_path: P
             assert len(output.splitlines()) == 1
             with EmbedQueue(wrong) as queue, pytest.raises(QueueAccessError):
                 queue.depth()
+
+
+class FakeSentinel:
+    """Knows the master, or raises; does something else first, as if another thread or task did it meanwhile."""
+
+    def __init__(self, err: redis.RedisError | None = None, meanwhile: Callable[[], object] | None = None) -> None:
+        self._err = err
+        self._meanwhile = meanwhile
+
+    def sentinel_masters(self) -> dict[str, Any]:
+        meanwhile, self._meanwhile = self._meanwhile, None
+        if meanwhile:
+            meanwhile()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        if self._err:
+            raise self._err
+        healthy = {"is_master": True, "is_sdown": False, "is_odown": False, "num-other-sentinels": 1}
+        return {SERVICE: {**healthy, "ip": "master", "port": 1}}
+
+
+class FakeAsyncSentinel(FakeSentinel):
+    async def sentinel_masters(self) -> dict[str, Any]:  # type: ignore[override]
+        meanwhile, self._meanwhile = self._meanwhile, None
+        if meanwhile:
+            await meanwhile()  # type: ignore[misc]
+        return self._answer()
+
+
+def asking(*fakes: FakeSentinel) -> Any:
+    with connect(f"redis+sentinel://one/{SERVICE}") as client:
+        manager: Any = client.connection_pool.sentinel_manager
+    manager.sentinels = list(fakes)
+    return manager
+
+
+def asking_async(*fakes: FakeAsyncSentinel) -> Any:
+    manager: Any = connect_async(f"redis+sentinel://one/{SERVICE}").connection_pool.sentinel_manager
+    manager.sentinels = list(fakes)
+    return manager
+
+
+def test_sentinels_that_change_places_while_somebody_asks_are_all_asked() -> None:
+    away, knows = FakeSentinel(redis.ConnectionError("away")), FakeSentinel()
+    manager = asking(away, knows)
+    away._meanwhile = lambda: manager.discover_master(SERVICE)
+    assert manager.discover_master(SERVICE) == ("master", 1)
+    assert manager.sentinels == [knows, away]
+
+    async def scenario() -> None:
+        away, knows = FakeAsyncSentinel(redis.ConnectionError("away")), FakeAsyncSentinel()
+        manager = asking_async(away, knows)
+        away._meanwhile = lambda: manager.discover_master(SERVICE)
+        assert await manager.discover_master(SERVICE) == ("master", 1)
+        assert manager.sentinels == [knows, away]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        redis.AuthenticationError("WRONGPASS invalid username-password pair"),
+        redis.ResponseError("unknown command 'SENTINEL'"),
+        redis.exceptions.NoPermissionError("no permissions to run 'sentinel|masters'"),
+    ],
+)
+def test_a_sentinel_that_refuses_is_passed_over_and_counts_only_where_all_refuse(refusal: redis.RedisError) -> None:
+    refuses, away = FakeSentinel(refusal), FakeSentinel(redis.ConnectionError("away"))
+    assert asking(refuses, FakeSentinel()).discover_master(SERVICE) == ("master", 1)
+    with pytest.raises(redis.RedisError) as caught:
+        asking(refuses, away).discover_master(SERVICE)
+    assert is_passing(caught.value)
+    with pytest.raises(redis.RedisError) as caught:
+        asking(refuses, refuses).discover_master(SERVICE)
+    assert not is_passing(caught.value)
+
+    async def scenario() -> None:
+        refuses = FakeAsyncSentinel(refusal)
+        assert await asking_async(refuses, FakeAsyncSentinel()).discover_master(SERVICE) == ("master", 1)
+        with pytest.raises(redis.RedisError) as caught:
+            await asking_async(refuses, refuses).discover_master(SERVICE)
+        assert not is_passing(caught.value)
+
+    asyncio.run(scenario())
 
 
 # --- a failover
