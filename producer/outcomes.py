@@ -127,6 +127,21 @@ def entry_outcome(job_id: str, fields: Mapping[bytes, bytes]) -> Outcome:
         return err
 
 
+def fitting(outcome: Outcome, num_texts: int, output: str) -> Outcome:
+    """What a job of so many texts came to. A result of more or fewer texts is a WireError: joined with others it would
+    give texts the vectors of their neighbours. A failure that names a text which is not there names none.
+    """
+    if isinstance(outcome, Embeddings):
+        if len(outcome) == num_texts and outcome.output == output:
+            return outcome
+        return WireError(
+            f"the result in Redis is of {len(outcome):,} texts ({outcome.output}), the job of {num_texts:,} ({output})"
+        )
+    if isinstance(outcome, JobFailedError) and outcome.text_index is not None and outcome.text_index >= num_texts:
+        return outcome.of_text(None)
+    return outcome
+
+
 def is_over(status: JobStatus | None) -> bool:
     """Whether a job is gone or has ended."""
     return status is None or status.is_terminal
