@@ -116,7 +116,7 @@ class EmbedOptions:
             )
 
     def is_by_model(self, name: str) -> bool:
-        """Whether the model of that full name is the expected one, which may be named without what stands before `/`."""
+        """Whether the model of that full name is the expected one, which may be named by what follows a `/`."""
         return self.model is None or name == self.model or name.endswith(f"/{self.model}")
 
     @classmethod
