@@ -377,7 +377,7 @@ def test_a_producer_can_be_kept_to_one_queue(served: Served) -> None:
     without groups."""
     lines = acl_lines("users-6.acl" if served.is_six else "users.acl")
     shipped = next(line for line in lines if line.startswith("user embedq-producer")).split()[2:]
-    registries = ("scheduled", "deferred", "failed", "canceled", "finished")
+    registries = ("scheduled", "deferred", "ready", "failed", "canceled", "finished")
     of_queues = ("~rq:queue:", *(f"~rq:{name}:" for name in registries))
     rules = [
         word.replace("*", "mine") if word.startswith(of_queues) else word
