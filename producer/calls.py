@@ -32,6 +32,7 @@ from embedq.producer.errors import (
     JobStateError,
     PartialEnqueueError,
     QueueFull,
+    QueueServerError,
 )
 from embedq.producer.options import check_job_id
 from embedq.producer.outcomes import not_found, read_status
@@ -213,13 +214,25 @@ def start_in(delay: object) -> Start:
 
 
 def statuses(job_ids: Iterable[str]) -> Operation[dict[str, JobStatus | None]]:
-    """A step per CHUNK_STATUSES; None for a job that is not there."""
+    """A step per CHUNK_STATUSES; None for a job that is not there, or where a key of another type stands."""
     waiting = iter(job_ids_of(job_ids))
     found: dict[str, JobStatus | None] = {}
     while chunk := list(itertools.islice(waiting, CHUNK_STATUSES)):
-        fields = yield Commands([("HGET", keys.job(job_id), "status") for job_id in chunk])
-        found.update(zip(chunk, map(read_status, fields), strict=True))
+        found |= yield from _statuses(chunk)
     return found
+
+
+def _statuses(job_ids: Sequence[str]) -> Operation[dict[str, JobStatus | None]]:
+    try:
+        fields = yield Commands([("HGET", keys.job(job_id), "status") for job_id in job_ids])
+        return dict(zip(job_ids, map(read_status, fields), strict=True))
+    except QueueServerError as err:
+        if "WRONGTYPE" not in str(err):
+            raise
+    kinds = yield Commands([("TYPE", keys.job(job_id)) for job_id in job_ids])
+    there = [job_id for job_id, kind in zip(job_ids, kinds, strict=True) if kind == b"hash"]
+    found: dict[str, JobStatus | None] = dict.fromkeys(job_ids)
+    return found | ((yield from _statuses(there)) if there else {})
 
 
 def status(job_id: str) -> Operation[JobStatus]:

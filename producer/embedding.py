@@ -11,6 +11,7 @@ from embedq.producer.calls import News, Operation, WaitFor
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, JobFailedError, ResultTimeoutError
 from embedq.producer.options import EmbedOptions, check_text
+from embedq.producer.outcomes import fitting
 from embedq.producer.requests import Request
 from embedq.producer.settings import JobSettings
 from embedq.producer.vector_cache import VectorCache
@@ -72,7 +73,7 @@ def _embed(
     try:
         yield from calls.enqueue_own(queue, made, settings)
         # Under dedupe a job may have been there, or start afresh: then its stream has the entry of its failure.
-        parts = yield from _parts(made, frozenset(job_ids if settings.dedupe else ()), deadline)
+        parts = yield from _parts(made, options, frozenset(job_ids if settings.dedupe else ()), deadline)
         if len(parts) < len(set(job_ids)):
             rest = "they go on" if settings.dedupe else "what still waited is canceled"
             raise ResultTimeoutError(f"{len(texts):,} texts took more than {timeout_s:g} s; {rest}")
@@ -85,17 +86,20 @@ def _embed(
     return Embeddings.concatenate([parts[job_id] for job_id in job_ids])
 
 
-def _parts(made: Sequence[Request], known: frozenset[str], deadline: float | None) -> Operation[dict[str, Embeddings]]:
+def _parts(
+    made: Sequence[Request], options: EmbedOptions, known: frozenset[str], deadline: float | None
+) -> Operation[dict[str, Embeddings]]:
     """Each job's embeddings; after the deadline only those that were in time. Raises the first failure."""
-    ids = {request.job_id for request in made}
+    num_texts = {request.job_id: request.num_texts for request in made}
     parts: dict[str, Embeddings] = {}
     news = yield WaitFor.enqueued([request.job_id for request in made], known)
     while True:
-        for job_id, outcome in news:
+        for job_id, found in news:
+            outcome = fitting(found, num_texts[job_id], options.output)
             if isinstance(outcome, EmbedqError):
                 raise requests.failure_in(made, job_id, outcome)
             parts[job_id] = outcome
-        if len(parts) == len(ids):
+        if len(parts) == len(num_texts):
             return parts
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         news = yield News(left)

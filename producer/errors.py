@@ -148,8 +148,8 @@ class JobFailedError(EmbedqError):
         }
         return type(self), (self.message,), state
 
-    def of_text(self, index: int) -> JobFailedError:
-        """The same failure in the caller's count of texts, where a job held only some of them."""
+    def of_text(self, index: int | None) -> JobFailedError:
+        """The same failure in the caller's count of texts, where a job held only some of them; None: of no one text."""
         return JobFailedError(self.message, code=self.code, retryable=self.retryable, text_index=index)
 
     @classmethod

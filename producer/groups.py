@@ -6,13 +6,12 @@ The first half is steps without I/O, as in `calls`; the handles below do them th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from embedq.producer import calls, keys
 from embedq.producer.calls import Commands, Operation
 from embedq.producer.options import is_job_id
-from embedq.producer.outcomes import Outcome, read_status
+from embedq.producer.outcomes import Outcome
 from embedq.producer.settings import check_group
 from embedq.producer.status import JobStatus
 
@@ -54,7 +53,8 @@ def counts(name: str) -> Operation[dict[JobStatus, int]]:
         cursor, ids = yield from page(name, cursor or 0)
         fresh = [job_id for job_id in dict.fromkeys(ids) if job_id not in seen]
         seen.update(fresh)
-        found.update((yield from _statuses(fresh)))
+        statuses = yield from calls.statuses(fresh)
+        found.update(status for status in statuses.values() if status is not None)
     return dict(found)
 
 
@@ -62,13 +62,6 @@ def cancel(name: str) -> Operation[int]:
     """How many of its jobs had not ended."""
     found = yield from calls.cancel_all((yield from job_ids(name)))
     return sum(status is not None and not status.is_terminal for status in found.values())
-
-
-def _statuses(ids: Sequence[str]) -> Operation[list[JobStatus]]:
-    if not ids:
-        return []
-    fields = yield Commands([("HGET", keys.job(job_id), "status") for job_id in ids])
-    return [status for field in fields if (status := read_status(field)) is not None]
 
 
 class _Group:

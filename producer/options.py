@@ -115,6 +115,10 @@ class EmbedOptions:
                 self.precision in TOKEN_PRECISIONS, "precision", f"{one_of(TOKEN_PRECISIONS)} for output tokens", self
             )
 
+    def is_by_model(self, name: str) -> bool:
+        """Whether the model of that full name is the expected one, which may be named by what follows a `/`."""
+        return self.model is None or name == self.model or name.endswith(f"/{self.model}")
+
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> EmbedOptions:
         """Raises InvalidOptionError for an unknown name, with the nearest known one."""

@@ -30,6 +30,9 @@ Outcome = Embeddings | EmbedqError
 #: tool canceled, ends without an entry in its stream.
 LOOK_AGAIN_S = 2.0
 
+#: What a result has at most as base64.
+MAX_FIELD_BYTES = 4 * (wire.MAX_RESULT_BYTES // 3 + 1)
+
 _SUCCESSFUL, _STOPPED, RETRIED = b"1", b"3", b"4"  # of rq.results.Result.Type
 #: What precedes a job's id in the name of its stream.
 _RESULTS = keys.results("")
@@ -57,8 +60,15 @@ class Watch:
         self._last.pop(job_id, None)
 
     def looked(self, job_ids: Sequence[str], replies: Sequence[Any]) -> Iterator[tuple[str, Outcome]]:
-        """Outcomes of the jobs that have ended; the others are watched from here on."""
+        """Outcomes of the jobs that have ended; the others are watched from here on.
+
+        A reply may be an EmbedqError: that is what its job came to.
+        """
         for job_id, field, entries in zip(job_ids, replies[::2], replies[1::2], strict=True):
+            if isinstance(error := field, EmbedqError) or isinstance(error := entries, EmbedqError):
+                self.drop(job_id)
+                yield job_id, error
+                continue
             status, entry = read_status(field), entries[0] if entries else None
             if is_over(status):
                 self.drop(job_id)
@@ -85,6 +95,11 @@ class Watch:
             else:
                 self.drop(job_id)
                 yield job_id, entry_outcome(job_id, fields)
+
+
+def sole_entries(reply: Any) -> list[tuple[bytes, Any]]:
+    """Of XREAD's reply the streams with one entry: in one with more the first was not the last word."""
+    return [(key, entries) for key, entries in _streams(reply) if len(entries) == 1]
 
 
 def look_commands(job_ids: Iterable[str]) -> list[tuple[Any, ...]]:
@@ -127,6 +142,21 @@ def entry_outcome(job_id: str, fields: Mapping[bytes, bytes]) -> Outcome:
         return err
 
 
+def fitting(outcome: Outcome, num_texts: int, output: str) -> Outcome:
+    """What a job of so many texts came to. A result of more or fewer texts is a WireError: joined with others it would
+    give texts the vectors of their neighbours. A failure that names a text which is not there names none.
+    """
+    if isinstance(outcome, Embeddings):
+        if len(outcome) == num_texts and outcome.output == output:
+            return outcome
+        return WireError(
+            f"the result in Redis is of {len(outcome):,} texts ({outcome.output}), the job of {num_texts:,} ({output})"
+        )
+    if isinstance(outcome, JobFailedError) and outcome.text_index is not None and outcome.text_index >= num_texts:
+        return outcome.of_text(None)
+    return outcome
+
+
 def is_over(status: JobStatus | None) -> bool:
     """Whether a job is gone or has ended."""
     return status is None or status.is_terminal
@@ -147,6 +177,8 @@ def final_outcome(job_id: str, status: JobStatus | None, entry: Any) -> Outcome:
 
 def _decode_return_value(field: bytes) -> Embeddings:
     """RQ's `return_value` field: base64 of a serialized value. Raises WireError."""
+    if len(field) > MAX_FIELD_BYTES:
+        raise WireError(f"the result in Redis is too large: {len(field):,} bytes")
     try:
         return wire.decode_result(pybase64.b64decode(field, validate=True))
     except binascii.Error as err:

@@ -40,7 +40,7 @@ class ResultStreams:
         self._can_call_off: bool | None = None
 
     async def read(self, positions: Sequence[tuple[bytes, bytes]], block_s: float) -> list[News]:
-        """The last entry of each stream that has any after its position; [] if none came or the read was called off.
+        """The first entry of each stream that has any after its position; [] if none came or the read was called off.
 
         `positions` are keys and entry ids, each as `bulk` encodes it. Raises redis.RedisError.
         """
@@ -106,8 +106,9 @@ def bulk(value: bytes) -> bytes:
 
 def _request(positions: Sequence[tuple[bytes, bytes]], block_s: float) -> bytes:
     block_ms = b"%d" % max(1, math.ceil(block_s * 1000))
-    parts = [b"*2\r\n", bulk(b"CLIENT"), bulk(b"ID"), b"*%d\r\n" % (4 + 2 * len(positions))]
-    parts += [bulk(b"XREAD"), bulk(b"BLOCK"), bulk(block_ms), bulk(b"STREAMS")]
+    parts = [b"*2\r\n", bulk(b"CLIENT"), bulk(b"ID"), b"*%d\r\n" % (6 + 2 * len(positions))]
+    # Without a count each stream would come whole, which may hold anything.
+    parts += [bulk(b"XREAD"), bulk(b"COUNT"), bulk(b"1"), bulk(b"BLOCK"), bulk(block_ms), bulk(b"STREAMS")]
     parts += [key for key, _ in positions]
     parts += [last for _, last in positions]
     return b"".join(parts)

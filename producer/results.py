@@ -12,9 +12,10 @@ from typing import Any
 
 import redis
 
-from embedq.producer.connection import translated_errors
+from embedq.producer.connection import describe, is_wrong_type, translate, translated_errors
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.outcomes import LOOK_AGAIN_S, Outcome, Watch, look_commands, timed_out
+from embedq.producer.errors import QueueServerError
+from embedq.producer.outcomes import LOOK_AGAIN_S, Outcome, Watch, look_commands, sole_entries, timed_out
 
 #: Jobs in one XREAD, and looked at in one round trip.
 WINDOW = 128
@@ -69,7 +70,7 @@ class ResultReader:
         return news
 
     def look(self, watch: Watch, job_ids: Sequence[str]) -> list[tuple[str, Outcome]]:
-        """Those of the jobs that have ended; the others are watched."""
+        """Those of the jobs that have ended; the others are watched. One whose key is of another type fails alone."""
         outcomes: list[tuple[str, Outcome]] = []
         for start in range(0, len(job_ids), WINDOW):
             some = job_ids[start : start + WINDOW]
@@ -77,8 +78,17 @@ class ResultReader:
                 pipeline = self._redis.pipeline(transaction=True)
                 for command in look_commands(some):
                     pipeline.execute_command(*command)
-                outcomes.extend(watch.looked(some, pipeline.execute()))
+                replies = pipeline.execute(raise_on_error=False)
+                outcomes.extend(watch.looked(some, list(map(self._unless_of_another_type, replies))))
         return outcomes
+
+    def _unless_of_another_type(self, reply: Any) -> Any:
+        """The reply; the error in our words where a key of another type stands. Raises redis-py's other errors."""
+        if not isinstance(reply, redis.RedisError):
+            return reply
+        if is_wrong_type(reply):
+            return translate(reply, describe(self._redis))
+        raise reply
 
     def _glance(self, job_ids: Sequence[str]) -> list[tuple[str, Outcome]]:
         """Results that are there already or come in a moment: most of those that are asked for right after enqueueing.
@@ -87,9 +97,18 @@ class ResultReader:
         """
         watch = Watch()
         watch.add_fresh(job_ids)
-        return [news for news in self._read_first(watch, GLANCE_S) if isinstance(news[1], Embeddings)]
+        found = self._read_first(watch, GLANCE_S, only_if_sole=True)
+        return [news for news in found if isinstance(news[1], Embeddings)]
 
-    def _read_first(self, watch: Watch, block_s: float) -> list[tuple[str, Outcome]]:
+    def _read_first(self, watch: Watch, block_s: float, *, only_if_sole: bool = False) -> list[tuple[str, Outcome]]:
+        """One entry of each stream, the oldest that was not seen; `only_if_sole`: none of streams that have more."""
         block_ms = max(1, int(block_s * 1000)) if block_s else None
-        with translated_errors(self._redis):
-            return list(watch.news(self._redis.xread(watch.streams(WINDOW), block=block_ms)))
+        try:
+            with translated_errors(self._redis):
+                # Without a count each stream would come whole, which may hold anything.
+                reply = self._redis.xread(watch.streams(WINDOW), block=block_ms, count=2 if only_if_sole else 1)
+        except QueueServerError as err:
+            if isinstance(err.__cause__, redis.RedisError) and is_wrong_type(err.__cause__):
+                return self.look(watch, watch.ids()[:WINDOW])
+            raise
+        return list(watch.news(sole_entries(reply) if only_if_sole else reply))

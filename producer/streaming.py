@@ -20,7 +20,7 @@ from embedq.producer.embedding import usual_texts_per_job
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, InvalidOptionError, InvalidTextError, JobFailedError, ResultTimeoutError
 from embedq.producer.options import MAX_TEXTS_PER_JOB, EmbedOptions, check_text
-from embedq.producer.outcomes import Outcome
+from embedq.producer.outcomes import Outcome, fitting
 from embedq.producer.settings import EnqueueKeywords, JobSettings, split_keywords
 from embedq.producer.vector_cache import VectorCache
 
@@ -222,8 +222,9 @@ class TextStream:
         entries: list[tuple[str, Embeddings]] = []
         read: list[str] = []
         innocent = _Part([], [])
-        for job_id, outcome in outcomes:
+        for job_id, found in outcomes:
             for part in self._parts.pop(job_id, ()):
+                outcome = fitting(found, len(part.texts), self._options.output)
                 if isinstance(outcome, Embeddings):
                     read.append(job_id)
                     entries.extend(self._succeed(part, outcome))
@@ -281,7 +282,7 @@ class TextStream:
     def _fail_part(self, part: _Part, error: EmbedqError) -> _Part:
         """The texts that deserve another chance: all but the guilty one, if the job's failure names it."""
         index = error.text_index if isinstance(error, JobFailedError) else None
-        if isinstance(error, JobFailedError) and index is not None and 0 <= index < len(part.texts):
+        if isinstance(error, JobFailedError) and index is not None:
             guilty = part.places[index]
             error = error.of_text(guilty)
             if self._settings.on_error == "yield":

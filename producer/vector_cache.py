@@ -17,6 +17,7 @@ from embedq.producer.checks import is_int, shown
 from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import InvalidOptionError, WireError
 from embedq.producer.options import EmbedOptions
+from embedq.producer.outcomes import fitting
 from embedq.producer.requests import HASH_BYTES
 from embedq.producer.settings import MAX_TTL_S
 
@@ -38,12 +39,12 @@ class VectorCache:
         self._ttl_s = ttl_s
 
     def look_up(self, texts: Sequence[str]) -> Operation[list[Embeddings | None]]:
-        """Each text's embedding, None where the cache has none that can be read."""
+        """Each text's embedding, None where the cache has none that can be read and is of the model."""
         found: list[Embeddings | None] = []
         for start in range(0, len(texts), CHUNK_ENTRIES):
             some = texts[start : start + CHUNK_ENTRIES]
             [values] = yield Commands([("MGET", *map(self._key, some))])
-            found.extend(map(_read, values))
+            found.extend(map(self._read, values))
         return found
 
     def store(self, entries: Iterable[tuple[str, Embeddings]]) -> Operation[None]:
@@ -59,12 +60,11 @@ class VectorCache:
         lasting = replace(embedding, worker="", timings=Timings())
         return ("SET", self._key(text), wire.encode_result(lasting), "EX", self._ttl_s)
 
-
-def _read(value: bytes | None) -> Embeddings | None:
-    if value is None:
-        return None
-    try:
-        found = wire.decode_result(value)
-    except WireError:
-        return None
-    return found if len(found) == 1 else None
+    def _read(self, value: bytes | None) -> Embeddings | None:
+        if value is None:
+            return None
+        try:
+            found = fitting(wire.decode_result(value), 1, self._options.output)
+        except WireError:
+            return None
+        return found if isinstance(found, Embeddings) and self._options.is_by_model(found.model) else None

@@ -242,6 +242,8 @@ def encode_exc_string(failure: JobFailedError) -> bytes:
 
 def decode_exc_string(field: bytes) -> JobFailedError:
     """The failure in a result stream's `exc_string`, whichever worker wrote it. Raises WireError."""
+    if len(field) > 2 * MAX_REASON_BYTES:
+        raise WireError(f"the failure in Redis is too large: {len(field):,} bytes")
     try:
         packed = base64.b64decode(field, validate=True)
     except binascii.Error as err:

@@ -17,6 +17,8 @@ logger = logging.getLogger("embedq.worker")
 
 #: Seconds before the next look at a channel that could not be read.
 RETRY_S = 2.0
+#: What a message may have; RQ's commands are a tenth of it. Parsed, one byte of JSON becomes thirty.
+MAX_MESSAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,12 @@ class CommandHandler:
     def handle(self, message: Any) -> None:
         """A message as redis-py gives it. What cannot be read or done is logged."""
         with _logged():
-            self._carry_out(json.loads(message["data"]))
+            self._carry_out(json.loads(_short(message["data"])))
 
     def handle_cancel(self, message: Any) -> None:
         """The same on the other channel, where each message is a job's id."""
         with _logged():
-            self.on_cancel(message["data"].decode())
+            self.on_cancel(_short(message["data"]).decode())
 
     def _carry_out(self, payload: Any) -> None:
         command = payload["command"]
@@ -70,6 +72,12 @@ def survive(error: BaseException, *_: Any) -> None:
     """
     logger.warning("this worker's channel could not be read: %s", error)
     time.sleep(RETRY_S)
+
+
+def _short(data: bytes) -> bytes:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"the message has {len(data):,} bytes")
+    return data
 
 
 def _text(payload: Any, field: str) -> str:

@@ -29,6 +29,7 @@ from embedq.producer import (
 from embedq.producer.async_results import AsyncResultReader
 from embedq.producer.connection import connect_async
 from embedq.producer.outcomes import Outcome
+from embedq.producer.result_streams import ResultStreams, bulk
 
 
 def result_of(number: float) -> Embeddings:
@@ -267,6 +268,22 @@ def test_a_key_of_another_type_fails_its_job_alone(each_url: str, is_watched: bo
             assert first(await calls[0]) == 6.0
             for call in calls:
                 call.cancel()
+
+    run(test())
+
+
+def test_what_stands_in_a_stream_is_not_fetched_whole(each_url: str) -> None:
+    async def test() -> None:
+        async with reading(each_url) as (_, client):
+            for number in range(50):
+                await client.xadd(keys.results("a"), {"type": 4, "x": bytes(100_000)}, id=f"{number + 1}-0")
+            before = (await client.info("stats"))["total_net_output_bytes"]
+            streams, key = ResultStreams(client), keys.results("a").encode()
+            for last in (b"0-0", b"1-0"):
+                [(found, entry_id, fields)] = await streams.read([(bulk(key), bulk(last))], 0.1)
+                assert (found, int(entry_id[:1]), fields[b"type"]) == (key, int(last[:1]) + 1, b"4")
+            await streams.release()
+            assert (await client.info("stats"))["total_net_output_bytes"] - before < 500_000
 
     run(test())
 

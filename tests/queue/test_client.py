@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import redis
 
 from embedq.model import NoopEncoder, dequantize, shipped_ranges
 from embedq.producer import (
+    AsyncEmbedQueue,
     ConfigurationError,
     DuplicateJobError,
     Embeddings,
@@ -37,6 +39,8 @@ from embedq.producer import (
     wire,
 )
 from embedq.producer.connection import connect
+from embedq.producer.outcomes import Watch
+from embedq.producer.results import ResultReader
 from embedq.worker.claims import ClaimStore
 from tests.conftest import Drain, until
 
@@ -317,6 +321,64 @@ def test_results_of_many_jobs_come_with_their_errors(queue: EmbedQueue, drain: D
     found = queue.results([good.id, bad.id, canceled.id, waiting.id, "never"], timeout=0)
     kinds = [type(found[job_id]).__name__ for job_id in (good.id, bad.id, canceled.id, waiting.id, "never")]
     assert kinds == ["Embeddings", "JobFailedError", "JobCanceledError", "ResultTimeoutError", "JobNotFoundError"]
+
+
+def test_a_key_of_another_type_fails_its_job_alone(each_url: str, drain: Drain) -> None:
+    with EmbedQueue(each_url) as queue:
+        ids = [job.id for job in queue.enqueue_many(["a", "b", "c"], job_ids=["good", "bad", "worse"], group="g")]
+        drain(at=each_url)
+        for key in (keys.results("bad"), keys.job("worse")):
+            queue._redis.delete(key)
+            queue._redis.set(key, "neither a stream nor a hash")
+        waiting = queue.enqueue("d", job_id="waiting")
+        for timeout in (0, 0.2):
+            found = queue.results([*ids, waiting.id], timeout)
+            assert [type(outcome) for outcome in found.values()] == [
+                *(Embeddings, QueueServerError, QueueServerError, ResultTimeoutError)
+            ]
+            assert "WRONGTYPE" in str(found["bad"])
+            assert {job.id for job, _ in queue.as_completed([*ids, waiting.id], timeout)} == set(found)
+        statuses = {"good": JobStatus.FINISHED, "bad": JobStatus.FINISHED, "worse": None}
+        assert queue.statuses(ids) == statuses
+        assert queue.group("g").counts() == {JobStatus.FINISHED: 2}
+
+        async def awaited() -> None:
+            async with AsyncEmbedQueue(each_url) as other:
+                assert await other.statuses(ids) == statuses
+
+        asyncio.run(awaited())
+
+
+def test_a_key_that_becomes_another_type_while_it_is_waited_for_fails_its_job_alone(each_url: str) -> None:
+    with EmbedQueue(each_url) as queue:
+        reader, watch = ResultReader(queue._client), Watch()
+        watch.add_fresh(job.id for job in queue.enqueue_many(["a", "b"], job_ids=["good", "bad"]))
+        queue._redis.set(keys.results("bad"), "no stream")
+        [(job_id, outcome)] = reader.read(watch, 0.1)
+        assert (job_id, type(outcome)) == ("bad", QueueServerError)
+        assert reader.read(watch, 0.1) == []
+        assert watch.ids() == ["good"]
+
+
+def test_of_a_stream_with_many_entries_only_the_last_is_the_result(queue: EmbedQueue, drain: Drain) -> None:
+    """As a job of RQ's that is repeated leaves it."""
+    job = queue.enqueue("text")
+    drain()
+    reason = wire.encode_exc_string(JobFailedError("later", code="later"))
+    queue._redis.xadd(keys.results(job.id), {"type": 2, "exc_string": reason})
+    queue._redis.hset(keys.job(job.id), "status", "failed")
+    with pytest.raises(JobFailedError):
+        job.result(timeout=5)
+
+
+def test_what_stands_in_a_stream_is_not_fetched_whole(queue: EmbedQueue) -> None:
+    job = queue.enqueue("text")
+    for _ in range(50):
+        queue._redis.xadd(keys.results(job.id), {"type": 4, "x": bytes(100_000)})
+    before = queue._redis.info("stats")["total_net_output_bytes"]
+    with pytest.raises(ResultTimeoutError):
+        job.result(timeout=0.1)
+    assert queue._redis.info("stats")["total_net_output_bytes"] - before < 500_000
 
 
 def test_more_jobs_than_are_watched_at_once(queue: EmbedQueue, drain: Drain, url: str) -> None:

@@ -23,7 +23,7 @@ from embedq.producer.connection import connect
 from embedq.worker import EmbedWorker
 from embedq.worker.callbacks import CallbackThread
 from embedq.worker.claims import Claim, ClaimStore, Outcome
-from embedq.worker.commands import CommandHandler, survive
+from embedq.worker.commands import MAX_MESSAGE_BYTES, CommandHandler, survive
 from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.sequels import Sequels
@@ -139,6 +139,17 @@ def test_nonsense_on_the_channel_is_logged_without_its_text(
     [line] = caplog.messages
     assert "command on this worker's channel" in line
     assert "disk" not in line
+
+
+def test_a_message_longer_than_any_command_is_not_even_parsed(
+    handler: CommandHandler, heard: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    long = b'{"command": "shutdown"' + b" " * MAX_MESSAGE_BYTES + b"}"
+    with caplog.at_level(logging.WARNING):
+        handler.handle({"data": long})
+        handler.handle_cancel({"data": b"j" * (MAX_MESSAGE_BYTES + 1)})
+    assert heard == []
+    assert len(caplog.messages) == 2
 
 
 def test_a_command_that_fails_does_not_end_the_thread_that_reads(

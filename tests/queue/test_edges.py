@@ -19,9 +19,11 @@ from embedq.producer import (
     EmbedQueue,
     EmbedSerializer,
     InvalidJobIdError,
+    JobFailedError,
     JobStatus,
     MixedResultsError,
     ResultTimeoutError,
+    WireError,
     keys,
     wire,
 )
@@ -100,6 +102,53 @@ def test_cached_vectors_of_other_weights_are_made_anew(queue: EmbedQueue) -> Non
         both = queue.embed(["old", "new"], model="noop:8", cache_ttl=100)
         assert (both.revision, len(both)) == ("2", 2)
         assert queue.embed(["old"], model="noop:8", cache_ttl=100).revision == "2"
+
+
+class Liar(Fleet):
+    """Its results are of so many texts, whatever it was asked for; with none it fails, and blames text 7."""
+
+    def __init__(self, queue: EmbedQueue, num_texts: int, **other: Any) -> None:
+        super().__init__(queue)
+        self._num_texts, self._other = num_texts, other
+
+    def _outcome(self, claim: Claim) -> Outcome:
+        if not self._num_texts:
+            return Outcome.failed(claim, JobFailedError("no", text_index=7))
+        rows = np.zeros((self._num_texts, 4), np.float32)
+        counts = {"num_tokens": (1,) * self._num_texts, "truncated": (False,) * self._num_texts}
+        return Outcome.finished(claim, wire.encode_result(result(vectors=rows, **counts, **self._other)), 0.0)
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_ttl": 100}], ids=["plain", "cache"])
+@pytest.mark.parametrize(("num_texts", "other"), [(1, {}), (5, {}), (3, {"output": "tokens"})])
+def test_a_result_of_another_number_of_texts_is_none(
+    queue: EmbedQueue, num_texts: int, other: dict[str, Any], cache: dict[str, int]
+) -> None:
+    with Liar(queue, num_texts, **other):
+        with pytest.raises(WireError, match=f"is of {num_texts} texts"):
+            queue.embed(["a", "b", "c"], model="a", timeout=10, **cache)
+        with pytest.raises(WireError, match=f"is of {num_texts} texts"):
+            list(queue.embed_stream(["a", "b", "c"], model="a", timeout=10, **cache))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_ttl": 100}], ids=["plain", "cache"])
+def test_a_failure_that_blames_a_text_which_is_not_there_blames_none(queue: EmbedQueue, cache: dict[str, int]) -> None:
+    with Liar(queue, 0):
+        with pytest.raises(JobFailedError) as caught:
+            queue.embed(["a", "b", "c"], model="a", timeout=10, **cache)
+        assert caught.value.text_index is None
+        items = list(queue.embed_stream(["a", "b", "c"], model="a", timeout=10, on_error="yield", **cache))  # type: ignore[arg-type]
+        assert [item.error.text_index for item in items if isinstance(item.error, JobFailedError)] == [None] * 3
+
+
+@pytest.mark.parametrize("other", [{"model": "x/other"}, {"output": "tokens", "num_tokens": (1,)}])
+def test_a_cached_vector_of_another_model_or_kind_is_none(queue: EmbedQueue, other: dict[str, Any]) -> None:
+    with Fleet(queue):
+        made = queue.embed(["a"], model="noop:8", cache_ttl=100, timeout=10)
+        [place] = queue._redis.keys(keys.vector("*"))
+        queue._redis.set(place, wire.encode_result(replace(made, **other, revision="planted")))
+        again = queue.embed(["a"], model="noop:8", cache_ttl=100, timeout=10)
+    assert (again.model, again.output, again.revision) == ("noop:8", "sentence", "1")
 
 
 def test_a_string_is_no_list_of_ids(queue: EmbedQueue) -> None:

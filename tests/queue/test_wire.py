@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from rq.job import Job
 from rq.serializers import resolve_serializer
 
-from embedq.producer import Embeddings, EmbedOptions, EmbedSerializer, JobFailedError, Timings, WireError, wire
+from embedq.producer import (
+    Embeddings,
+    EmbedOptions,
+    EmbedSerializer,
+    JobFailedError,
+    Timings,
+    WireError,
+    outcomes,
+    wire,
+)
 from embedq.producer.options import check_texts
 
 
@@ -205,3 +214,11 @@ def test_failures_can_cross_a_process_boundary() -> None:
 def test_the_longest_text_still_fits_into_a_request() -> None:
     texts = check_texts(["\x01" * 1_000_000] * 16)
     assert wire.decode_request(wire.encode_request(texts, EmbedOptions())).texts == texts
+
+
+def test_what_is_too_long_for_a_result_or_a_reason_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcomes, "MAX_FIELD_BYTES", 1000)
+    for fields in ({b"type": b"1", b"return_value": b"A" * 1001}, {b"type": b"2", b"exc_string": b"A" * 2_097_156}):
+        found = outcomes.entry_outcome("a", fields)
+        assert isinstance(found, WireError)
+        assert "too large" in str(found)
