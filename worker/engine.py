@@ -234,9 +234,8 @@ class Engine:
         if options in self._checked:
             return
         name = self.encoder.name
-        wanted = options.model
-        if wanted is not None and wanted != name and not name.endswith(f"/{wanted}"):
-            raise JobFailedError(f"the job wants model {wanted}, this worker serves {name}", code="wrong_model")
+        if not options.is_by_model(name):
+            raise JobFailedError(f"the job wants model {options.model}, this worker serves {name}", code="wrong_model")
         self._finished_nothing(options)
         if len(self._checked) == MAX_CHECKED_OPTIONS:
             self._checked.clear()
