@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import redis
 from rq import worker_registration
@@ -35,6 +35,7 @@ from embedq.worker.callbacks import CallbackThread
 from embedq.worker.chores import Chores
 from embedq.worker.claims import Claimed, ClaimStore, Outcome
 from embedq.worker.commands import CommandHandler, survive
+from embedq.worker.departure import EXIT_HANGS, LAST_WORDS_S, Departure
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
@@ -48,7 +49,7 @@ from embedq.worker.promotion import Promoter
 from embedq.worker.quarantine import Quarantine
 from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
-from embedq.worker.stages import WorkerStages, blamed
+from embedq.worker.stages import AtWork, WorkerStages, blamed
 from embedq.worker.startup import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, leaving_at_once, until_served
 from embedq.worker.waiting import QueueWaiter
 from embedq.worker.watchdog import Watchdog
@@ -64,12 +65,6 @@ GATHER_SHARE = 1 / 8
 #: Seconds for which one thread may keep the others from running Python. The device's needs it after every operator,
 #: and must not wait for Python's default, 5 ms, each time that another is at work.
 SWITCH_INTERVAL_S = 0.0005
-#: Two signals within so many seconds are one: Ctrl-C reaches a process group twice.
-SAME_SIGNAL_S = 1.0
-#: Seconds that a hanging Redis may cost beyond the grace.
-LAST_WORDS_S = 2.0
-#: Exit statuses: after a grace that was too short, and after a micro-batch that did not end.
-EXIT_GRACE_OVER, EXIT_HANGS = 3, 8
 
 
 class EmbedWorker(SimpleWorker):
@@ -81,6 +76,7 @@ class EmbedWorker(SimpleWorker):
 
     # Made by `work`: a worker that `Worker.all()` only looks at has none of them.
     settings: WorkerSettings
+    departure: Departure
     engine: Engine
     budget: ClaimBudget
     store: ClaimStore
@@ -101,9 +97,6 @@ class EmbedWorker(SimpleWorker):
         kwargs["serializer"] = EmbedSerializer
         super().__init__(queues, *args, **kwargs)
         self._given_settings = settings
-        self._stop_asked_at: float | None = None
-        self._stop_signal: int | None = None
-        self._grace_timer: threading.Timer | None = None
         #: held from a claim to the moment at which it is known as held, and by who leaves for good
         self._claiming = threading.Lock()
 
@@ -162,6 +155,7 @@ class EmbedWorker(SimpleWorker):
     def _prepare(self) -> None:
         keep_freed_memory()
         settings = self.settings
+        self.departure = Departure(settings.grace_s, self._end_orderly, self._say_last_words)
         self.callbacks = CallbackThread(settings.allow_callbacks)
         self.watchdog = Watchdog(settings.encode_timeout_s, self._end_hanging)
         self.engine = Engine(load_encoder(settings), settings.max_batch_tokens, self.name, self.watchdog.watching)
@@ -242,8 +236,8 @@ class EmbedWorker(SimpleWorker):
     def _sleep_or_leave(self, seconds: float) -> None:
         """Between two attempts to register there is nothing to finish."""
         self._sleep(seconds)
-        if self._stop_signal is not None:
-            raise SystemExit(128 + self._stop_signal)
+        if self.departure.signal is not None:
+            raise SystemExit(128 + self.departure.signal)
 
     def _leave(self) -> None:
         """Gives back what is claimed and unregisters. A Redis that is gone does not hide why the worker ends."""
@@ -251,13 +245,12 @@ class EmbedWorker(SimpleWorker):
             self._release_held()
             self.leases.stop()
             self.chores.stop()
-            self.callbacks.close(self._grace_left())
+            self.callbacks.close(self.departure.grace_left_s())
             if self.birth_date is not None:
                 self.teardown()
         except redis.RedisError as err:
             logger.warning("left without a word to Redis (%s); claimed jobs return when their leases end", err)
-        if self._grace_timer is not None:
-            self._grace_timer.cancel()
+        self.departure.done()
 
     def _stop_scheduler(self) -> None:
         """RQ stops it only with a worker that has registered."""
@@ -481,48 +474,25 @@ class EmbedWorker(SimpleWorker):
         self._stop_requested = True
         self.waiter.wake()
 
+    def _end_orderly(self) -> None:
+        self._end_claiming()
+        self.pipeline.ask_to_stop()
+
     def request_stop(self, signum: int, frame: Any) -> None:  # noqa: ARG002
-        """First signal: finish the micro-batch on the device, give the rest back, exit. A second one: at once."""
-        asked_at = time.monotonic()
-        if self._stop_asked_at is None:
-            self._stop_asked_at, self._stop_signal = asked_at, signum
-            self._end_claiming()
-            self.pipeline.ask_to_stop()
-            self._grace_timer = threading.Timer(self.settings.grace_s, self._end_of_grace)
-            self._grace_timer.daemon = True
-            self._grace_timer.start()
-        elif asked_at - self._stop_asked_at > SAME_SIGNAL_S:
-            raise SystemExit(128 + signum)
+        """RQ's handler of SIGTERM and SIGINT."""
+        self.departure.ask(signum)
 
-    def _grace_left(self) -> float:
-        """Seconds; all of it where no signal came."""
-        passed_s = 0.0 if self._stop_asked_at is None else time.monotonic() - self._stop_asked_at
-        return max(0.0, self.settings.grace_s - passed_s)
-
-    def _end_of_grace(self) -> None:
-        """The micro-batch outlasts the grace: give everything back, but wait no longer for that either."""
-        logger.error("not done within the grace of %g s; leaving", self.settings.grace_s)
-        self._leave_now(EXIT_GRACE_OVER)
-
-    def _end_hanging(self, on_device: Sequence[Any]) -> None:
-        """Nothing can interrupt what hangs. On the thread of the leases, as long as it takes and no longer."""
+    def _end_hanging(self, at_work: Sequence[AtWork]) -> None:
+        """Nothing can interrupt what hangs. On the thread of the leases."""
         limit_s = self.settings.encode_timeout_s
         logger.error("a micro-batch has not ended within %g s; leaving, so that a new process can go on", limit_s)
-        self._leave_now(EXIT_HANGS, blamed(on_device, "hung", f"it did not end within {limit_s:g} s"))
+        self.departure.at_once(EXIT_HANGS, blamed(at_work, "hung", f"it did not end within {limit_s:g} s"))
 
-    def _leave_now(self, status: int, outcomes: Sequence[Outcome] = ()) -> NoReturn:
-        """Ends the process with its threads in the middle of something."""
+    def _say_last_words(self, outcomes: Sequence[Outcome]) -> None:
         self._end_claiming()
-        last_words = threading.Thread(target=self._say_last_words, args=(outcomes,), daemon=True)
-        last_words.start()
-        last_words.join(LAST_WORDS_S)
         scheduler: Any = self.scheduler and self.scheduler._process
         if scheduler:
             scheduler.terminate()
-        logging.shutdown()
-        os._exit(status)
-
-    def _say_last_words(self, outcomes: Sequence[Outcome]) -> None:
         with contextlib.suppress(Exception):
             # Never given back: what is released here must not be claimed again.
             self._claiming.acquire(timeout=LAST_WORDS_S / 2)
