@@ -113,8 +113,6 @@ class LeaseKeeper:
         """Whatever becomes of it, the leases are renewed in time."""
         try:
             self._on_tick()
-        except redis.RedisError as err:
-            logger.warning("what is done each second could not be done: %s", err)
         except Exception:
             logger.exception("what is done each second could not be done")
 
