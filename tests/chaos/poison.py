@@ -1,7 +1,8 @@
 """A worker's process as the suite runs it: `python -m tests.chaos.poison worker ...` is `embedq worker ...` with an
 encoder that is slow, and that some texts harm.
 
-What a text does stands at its head (`draws.POISON_MARK`). Knows the encoder's surface; knows no Redis.
+What a text does stands at its head (`draws.POISON_MARK`). Knows the encoder's surface; knows no Redis. The poison drill
+runs the same encoder with marks and a pace of its own.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedq.model import DeviceLostError, NoopEncoder, TokenizedText, TruncationSide
+from embedq.model import DeviceLostError, Encoder, NoopEncoder, TokenizedText, TruncationSide
 from embedq.worker import worker as worker_module
 from embedq.worker.cli import main
 from embedq.worker.settings import WorkerSettings
@@ -33,8 +33,16 @@ HANG_S = 60.0
 class PoisonedEncoder(NoopEncoder):
     """Vectors as NoopEncoder's."""
 
-    def __init__(self, embedding_dim: int) -> None:
+    def __init__(
+        self,
+        embedding_dim: int,
+        kind_of: Callable[[str], str],
+        seconds_of: Callable[[Sequence[TokenizedText]], float],
+    ) -> None:
+        """kind_of: what a text does, empty for a good one; seconds_of: what a micro-batch takes."""
         super().__init__(embedding_dim)
+        self._kind_of = kind_of
+        self._seconds_of = seconds_of
         #: by the text's hash, which is all that tokens tell of a text
         self._poison: dict[bytes, str] = {}
 
@@ -46,7 +54,7 @@ class PoisonedEncoder(NoopEncoder):
         truncate: bool = True,
         truncation_side: TruncationSide = "right",
     ) -> list[TokenizedText]:
-        kinds = [_kind(text) for text in texts]
+        kinds = [self._kind_of(text) for text in texts]
         for kind in kinds:
             if kind == "tokenize-raise":
                 raise RuntimeError("a text that no tokenizer bears")
@@ -57,7 +65,7 @@ class PoisonedEncoder(NoopEncoder):
         return tokens
 
     def encode_tokens(self, batch: Sequence[TokenizedText]) -> NDArray[np.float32]:
-        time.sleep(BATCH_S + TEXT_S * len(batch))
+        time.sleep(self._seconds_of(batch))
         vectors = super().encode_tokens(batch)
         for place, text in enumerate(batch):
             if kind := self._poison.get(_mark(text)):
@@ -118,10 +126,19 @@ _ENCODING: dict[str, Callable[[NDArray[np.float32], int], None]] = {
 }
 
 
-def _load_encoder(settings: WorkerSettings) -> Any:
-    return PoisonedEncoder(NoopEncoder.parse(settings.model).embedding_dim)
+def run_worker(kind_of: Callable[[str], str], seconds_of: Callable[[Sequence[TokenizedText]], float]) -> None:
+    """`embedq`'s command line with a poisoned encoder in the place of the stand-in."""
+
+    def load_encoder(settings: WorkerSettings) -> Encoder:
+        return PoisonedEncoder(NoopEncoder.parse(settings.model).embedding_dim, kind_of, seconds_of)
+
+    worker_module.load_encoder = load_encoder  # type: ignore[attr-defined]
+    main()
+
+
+def _seconds(batch: Sequence[TokenizedText]) -> float:
+    return BATCH_S + TEXT_S * len(batch)
 
 
 if __name__ == "__main__":
-    worker_module.load_encoder = _load_encoder
-    main()
+    run_worker(_kind, _seconds)

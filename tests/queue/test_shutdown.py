@@ -14,7 +14,7 @@ from embedq.producer import EmbedQueue, JobStatus, keys
 from embedq.producer.jobs import EmbedJob
 from embedq.worker.redis_server import RedisServer
 from tests.conftest import until
-from tests.queue.test_worker import EMBEDQ, Start, finished, idle_workers, start, workers  # noqa: F401
+from tests.queue.test_worker import EMBEDQ, RunningWorker, Start, finished, idle_workers, start, workers  # noqa: F401
 from tests.queue.worker_programs import isolated, program, signal_isolated
 
 #: Seconds that `docker stop` waits before it kills.
@@ -50,6 +50,15 @@ def assert_order_is_kept(queue: EmbedQueue, name: str, jobs: Sequence[EmbedJob])
     assert waiting == [job.id for job in jobs if job.id not in done]
     assert queue._redis.zcard(keys.started(name)) == 0
     return len(done)
+
+
+def assert_docker_stops(worker: RunningWorker, *, status: int) -> None:
+    """It ends, as process 1, with this status and before it would be killed."""
+    asked_at = time.monotonic()
+    signal_isolated(worker.process.pid, signal.SIGTERM)
+    ended_with, output = worker.ended(DOCKER_STOP_S)
+    assert ended_with == status, output
+    assert time.monotonic() - asked_at < DOCKER_STOP_S
 
 
 def test_sigterm_gives_each_queue_its_jobs_back_in_order(queue: EmbedQueue, url: str, start: Start) -> None:  # noqa: F811
@@ -148,18 +157,11 @@ def test_docker_stop_finds_process_1_gone_in_time(queue: EmbedQueue, short_path:
     """Idle, and with the device busy."""
     idle = start(program=isolated(EMBEDQ))
     until(lambda: idle_workers(queue) == 1)
-    asked_at = time.monotonic()
-    signal_isolated(idle.process.pid, signal.SIGTERM)
-    status, output = idle.ended(DOCKER_STOP_S)
-    assert status == 0, output
+    assert_docker_stops(idle, status=0)
     jobs = queue.enqueue_many(["one two three four"] * 6)
     busy = start("--max-batch-tokens", "12", program=isolated(slow_device(short_path, 3)))
     until(lambda: "on the device" in busy.log.read_text())
-    asked_at = time.monotonic()
-    signal_isolated(busy.process.pid, signal.SIGTERM)
-    status, output = busy.ended(DOCKER_STOP_S)
-    assert status == 0, output
-    assert time.monotonic() - asked_at < DOCKER_STOP_S
+    assert_docker_stops(busy, status=0)
     assert 0 < assert_order_is_kept(queue, "embed", jobs) <= 2
 
 
@@ -171,11 +173,7 @@ def test_a_grace_below_ten_seconds_gives_the_jobs_back_before_docker_kills(
     jobs = queue.enqueue_many(map(str, range(6)))
     worker = start("--grace-s", "4", program=isolated(slow_device(short_path, 60)))
     until(lambda: "on the device" in worker.log.read_text())
-    asked_at = time.monotonic()
-    signal_isolated(worker.process.pid, signal.SIGTERM)
-    status, output = worker.ended(DOCKER_STOP_S)
-    assert status == 3, output
-    assert time.monotonic() - asked_at < DOCKER_STOP_S
+    assert_docker_stops(worker, status=3)
     assert assert_order_is_kept(queue, "embed", jobs) == 0
 
 
