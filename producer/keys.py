@@ -107,6 +107,11 @@ def sequels(queue_name: str) -> str:
     return f"{PREFIX}:embedq:sequels:{queue_name}"
 
 
+def parked(queue_name: str) -> str:
+    """List of the waiting jobs that only a newer worker can read; ours, RQ has no such key."""
+    return f"{PREFIX}:embedq:parked:{queue_name}"
+
+
 def worker(name: str) -> str:
     """Hash of one worker."""
     return f"{PREFIX}:worker:{name}"

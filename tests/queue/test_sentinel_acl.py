@@ -45,6 +45,9 @@ def test_a_failover_needs_no_more_than_the_two_users_that_are_described(short_pa
         with connect(f"redis://127.0.0.1:{found.ports[0]}") as sentinel:
             sentinel.execute_command("SENTINEL", "SET", SERVICE, "auth-user", "embedq-sentinel")
             sentinel.execute_command("SENTINEL", "SET", SERVICE, "auth-pass", SECRET)
+            # The one failover is the one that is ordered, however slow this machine is just now.
+            sentinel.execute_command("SENTINEL", "SET", SERVICE, "down-after-milliseconds", 60_000)
+            sentinel.execute_command("SENTINEL", "SET", SERVICE, "failover-timeout", 60_000)
             for admin in admins:
                 admin.execute_command("ACL", "SETUSER", *nothing)
                 # Turned off it would keep the connections that it has.
