@@ -206,6 +206,11 @@ _QUEUE_SETTINGS = (
         help="Milliseconds from enqueueing to the end of encoding that micro-batches are cut for; default: full ones.",
     ),
     _setting("log_format", type=click.Choice(get_args(LogFormat)), help="Log lines for people or for programs."),
+    _setting(
+        "tracing",
+        is_flag=True,
+        help="Spans of traced jobs, sent by OTLP as the OTEL_ variables say; default: if they name an endpoint.",
+    ),
 )
 
 
