@@ -28,6 +28,7 @@ from embedq.worker.failures import ENDINGS, job_failure, said
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.planning import ReadyJob
 from embedq.worker.sequels import Sequels
+from embedq.worker.tracing import Spans
 from embedq.worker.watchdog import Watchdog
 
 logger = logging.getLogger("embedq.worker")
@@ -57,6 +58,7 @@ class WorkerStages:
         ranked_queues: Sequence[str],
         sequels: Sequels,
         watchdog: Watchdog,
+        spans: Spans,
     ) -> None:
         """ranked_queues: the most urgent first; the others count as urgent as the first of them.
 
@@ -69,6 +71,7 @@ class WorkerStages:
         self._ranks = {queue: rank for rank, queue in enumerate(ranked_queues)}
         self._sequels = sequels
         self._watchdog = watchdog
+        self._spans = spans
         self._count_lock = threading.Lock()
         self.num_finished = 0
         self.num_failed = 0
@@ -103,7 +106,7 @@ class WorkerStages:
             if chars >= SLICE_CHARS:
                 break
         works: list[Work] = []
-        with self._charging(lambda: readable), self._watchdog.watching(readable):
+        with self._charging(lambda: readable), self._watchdog.watching(readable), self._spans.tokenizing(readable):
             of_requests = self._engine.tokenize_all(requests)
         for claim, tokenized in zip(readable, of_requests, strict=True):
             if isinstance(tokenized, JobFailedError):
@@ -131,6 +134,7 @@ class WorkerStages:
 
     def leave(self, claims: Sequence[Claim]) -> None:
         """They are this worker's no longer."""
+        self._spans.left(claims, LOST)
         self._leases.drop(claims)
 
     def ready_job(self, work: Work) -> ReadyJob:
@@ -142,7 +146,8 @@ class WorkerStages:
         lost = [work for work in works if self._leases.is_lost(work.tag)]
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
-        with self._charging(lambda: self._engine.isolation.at_work):
+        self._spans.left([work.tag for work in lost], LOST)
+        with self._charging(lambda: self._engine.isolation.at_work), self._spans.encoding(batch):
             return lost + self._engine.encode(batch)
 
     @contextlib.contextmanager
@@ -183,7 +188,8 @@ class WorkerStages:
         return outcomes
 
     def _send(self, outcomes: Sequence[Outcome]) -> None:
-        with_sequel = _until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
+        with self._spans.publishing(outcomes):
+            with_sequel = _until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
         with self._count_lock:
             self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
         for outcome in outcomes:
