@@ -19,6 +19,7 @@ from embedq.model import DeviceLostError, ModelError
 from embedq.model.bench_cli import bench_group
 from embedq.model.cli import model_group
 from embedq.producer import cli as client
+from embedq.producer import fleet_cli
 from embedq.producer.checks import printable
 from embedq.producer.client import DEFAULT_QUEUE, check_queue_name
 from embedq.producer.connection import connect, translated_errors
@@ -322,7 +323,7 @@ def _name_variables(command: click.Command) -> None:
             _name_variables(inner)
 
 
-for _command in (demo, up, worker, *client.COMMANDS, model_group, bench_group):
+for _command in (demo, up, worker, *client.COMMANDS, *fleet_cli.COMMANDS, model_group, bench_group):
     main.add_command(_command)
 _name_variables(main)
 
