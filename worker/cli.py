@@ -263,11 +263,12 @@ def worker(
         from embedq.worker.worker import EmbedWorker
 
         checked = WorkerSettings(**settings)
-        logs.configure(checked.log_format, logging.DEBUG if context.find_root().params.get("debug") else logging.INFO)
+        name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
+        level = logging.DEBUG if context.find_root().params.get("debug") else logging.INFO
+        logs.configure(checked.log_format, level, worker=name)
         connection = connect(url)
         names = [check_queue_name(queue) for queue in queues or [DEFAULT_QUEUE]]
         processes.retitle(f"worker {printable(' '.join(names))}")
-        name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
 
         def make() -> EmbedWorker:
             connection.ping()
