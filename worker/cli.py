@@ -205,6 +205,11 @@ _QUEUE_SETTINGS = (
         help="Milliseconds from enqueueing to the end of encoding that micro-batches are cut for; default: full ones.",
     ),
     _setting("log_format", type=click.Choice(get_args(LogFormat)), help="Log lines for people or for programs."),
+    _setting("metrics_port", type=int, help="Port of /livez, /readyz and /metrics; 0: a free one; default: none."),
+    _setting("metrics_host", help="Address on which they are served; 0.0.0.0: every one."),
+    _setting(
+        "liveness_timeout_s", type=float, help="Seconds without progress on jobs in hand after which /livez is red."
+    ),
 )
 
 
