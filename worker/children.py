@@ -47,10 +47,12 @@ class ChildProcess:
         """Raises OSError if the system starts no process."""
         # A name of its own each time: that of a process which was killed is taken until its registration expires.
         self.name = f"{plan.base_name}.{index}.{secrets.token_hex(2)}"
-        settings = replace(plan.settings, device=device, threads=share.threads)
         with socket.create_server((LOOPBACK, 0), backlog=_BACKLOG) as listening, _confined_to(share.cpus):
             self.port = int(listening.getsockname()[1])
-            own = ["--name", self.name, "--metrics-fd", str(listening.fileno()), "--child-of", str(os.getpid())]
+            settings = replace(
+                plan.settings, device=device, threads=share.threads, metrics_port=None, metrics_fd=listening.fileno()
+            )
+            own = ["--name", self.name, "--child-of", str(os.getpid())]
             self._process = processes.spawn(
                 worker_command(plan.queues, settings, [*plan.arguments, *own], plan.program),
                 {**worker_environment(plan.url), **thread_variables(share.threads)},

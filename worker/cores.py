@@ -1,6 +1,6 @@
-"""The processor cores of this process and how several children share them: affinity, control groups, cores' siblings.
+"""The processor cores of this process and how several children share them: affinity, control groups, siblings.
 
-Knows the operating system's files and arithmetic; knows no model. A system that tells nothing has one core a CPU number.
+Knows the operating system's files and arithmetic; knows no model. Of a system that tells nothing each CPU is a core.
 """
 
 from __future__ import annotations
@@ -125,6 +125,12 @@ def asked_threads(environment: Mapping[str, str] | None = None) -> int | None:
     """What OMP_NUM_THREADS asks for, by which everybody sets threads."""
     text = (os.environ if environment is None else environment).get("OMP_NUM_THREADS", "")
     return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+def default_threads(most: int) -> int:
+    """For a process of its own that was told no number: what the variable asks for, else `most` within the quota."""
+    quota = cpu_quota()
+    return asked_threads() or (most if quota is None else min(most, math.ceil(quota)))
 
 
 def thread_variables(threads: int) -> dict[str, str]:

@@ -56,4 +56,7 @@ def may_have_gpu() -> bool:
     """False where the device `auto` is the CPU for certain."""
     if sys.platform == "darwin":
         return True
-    return any(Path(name).exists() for name in _DEVICE_FILES) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    return any(Path(name).exists() for name in _DEVICE_FILES) and os.environ.get("CUDA_VISIBLE_DEVICES") not in (
+        "",
+        "-1",
+    )

@@ -121,4 +121,3 @@ def _family(name: str, kind: str, what: str, values: Mapping[str, int], sample: 
 
 def _line(status: int, text: str) -> Answer:
     return Answer(status, f"{text}\n".encode())
-

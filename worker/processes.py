@@ -43,7 +43,9 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
         )
 
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
     """Starts a command whose output, both kinds in one pipe, we read.
 
     May be called beside threads: no code of ours runs between fork and exec. The command calls `follow_parent`.

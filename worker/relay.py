@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import BinaryIO
+from typing import IO
 
 import orjson
 
@@ -27,7 +27,7 @@ DRAIN_S = 1.0
 class LineRelay:
     """Reads `source` to its end on a thread of its own."""
 
-    def __init__(self, source: BinaryIO, label: Callable[[bytes], bytes], write: Callable[[bytes], object]) -> None:
+    def __init__(self, source: IO[bytes], label: Callable[[bytes], bytes], write: Callable[[bytes], object]) -> None:
         self._source = source
         self._label = label
         self._write = write

@@ -258,7 +258,9 @@ class Slot:
 
     def _fail_roll(self, tenure: Tenure) -> None:
         self._is_rolling = False
-        self.roll_error = f"the new process ended with {worker_status(tenure.status or 0)}: {tenure.process.last_words()}"
+        self.roll_error = (
+            f"the new process ended with {worker_status(tenure.status or 0)}: {tenure.process.last_words()}"
+        )
 
     def _end(self, state: SlotState, ending: Ending) -> None:
         self.state, self.ending, self._is_rolling = state, ending, False

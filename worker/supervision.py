@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from embedq.producer.connection import connect
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.http_endpoints import HttpEndpoints
-from embedq.worker.children import ChildPlan, ChildProcess
+from embedq.worker.children import ChildPlan, ChildProcess, write_to_stderr
 from embedq.worker.cores import Share, asked_threads, cpu_quota, shares, usable_cores
 from embedq.worker.cuda_devices import count_cuda_devices, may_have_gpu
 from embedq.worker.fleet_pages import FleetPages
+from embedq.worker.invocation import EMBEDQ
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.slots import Ending, Slot, SlotRules
 from embedq.worker.supervisor import Supervisor
@@ -120,8 +124,33 @@ def served(supervisor: Supervisor, host: str, port: int | None) -> Iterator[None
 
 
 def supervise(
-    plan: ChildPlan, supervised: SupervisorSettings, *, ends_by_itself: bool, host: str, port: int | None
+    url: str,
+    queues: Sequence[str],
+    settings: WorkerSettings,
+    supervised: SupervisorSettings,
+    *,
+    name: str | None,
+    burst: bool,
+    max_jobs: int | None,
+    dequeue_strategy: str,
+    debug: bool,
 ) -> Ending:
-    supervisor = make_supervisor(plan, supervised, ends_by_itself=ends_by_itself)
-    with served(supervisor, host, port):
+    """`embedq worker` for several processes. Raises ConfigurationError before any is started."""
+    # What is wrong with the URL is to be said once.
+    connect(url).close()
+    plan = ChildPlan(
+        url=url,
+        queues=queues,
+        settings=settings,
+        arguments=[
+            *(["--burst"] if burst else []),
+            *(["--max-jobs", str(max_jobs)] if max_jobs is not None else []),
+            *("--dequeue-strategy", dequeue_strategy),
+        ],
+        base_name=name or f"{socket.gethostname()}.{os.getpid()}",
+        write=write_to_stderr,
+        program=(*EMBEDQ, "--debug") if debug else EMBEDQ,
+    )
+    supervisor = make_supervisor(plan, supervised, ends_by_itself=burst or max_jobs is not None)
+    with served(supervisor, settings.metrics_host, settings.metrics_port):
         return supervisor.run()

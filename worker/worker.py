@@ -50,8 +50,8 @@ from embedq.worker.quarantine import Quarantine
 from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.stages import AtWork, WorkerStages, blamed
-from embedq.worker.statuses import EXIT_HANGS
 from embedq.worker.startup import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, leaving_at_once, until_served
+from embedq.worker.statuses import EXIT_HANGS
 from embedq.worker.waiting import QueueWaiter
 from embedq.worker.watchdog import Watchdog
 
