@@ -58,10 +58,11 @@ class HttpEndpoints:
     for).
     """
 
-    def __init__(self, host: str, port: int, pages: Mapping[str, Page]) -> None:
-        """Takes the port. Raises ConfigurationError if that cannot be had."""
+    def __init__(self, host: str, port: int, pages: Mapping[str, Page], listening: socket.socket | None = None) -> None:
+        """Takes the port, or a socket that listens already. Raises ConfigurationError if the port cannot be had."""
         self._pages = dict(pages)
-        self._socket = _listen(host, port)
+        self._socket = listening or _listen(host, port)
+        self._socket.setblocking(False)
         self.host, self.port = host, int(self._socket.getsockname()[1])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="embedq-http", daemon=True)
@@ -186,7 +187,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as err:
         reason = err.strerror if isinstance(err, OSError) else str(err)
         raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}; choose another") from err
-    listening.setblocking(False)
     return listening
 
 

@@ -6,7 +6,7 @@ import os
 
 from embedq.model import Encoder, NoopEncoder
 from embedq.producer.errors import ConfigurationError
-from embedq.worker.cores import default_threads, thread_variables
+from embedq.worker.cores import default_threads
 from embedq.worker.settings import WorkerSettings
 
 
@@ -43,5 +43,5 @@ def _set_threads(threads: int | None) -> None:
 
     threads = threads or default_threads(torch.get_num_threads())
     torch.set_num_threads(threads)
-    # The tokenizer's, which start with the first text.
-    os.environ.update(thread_variables(threads))
+    # The tokenizer's start with the first text.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))

@@ -19,7 +19,7 @@ RED_S = 3.0
 STARTING_SILENT_S = 300.0
 #: Seconds beyond its own grace after which a process that was told to end is killed.
 EXTRA_GRACE_S = LAST_WORDS_S + 1.0
-#: Seconds from SIGTERM to the second one, upon which a worker waits for nothing and gives its jobs back, and to SIGKILL.
+#: Seconds from SIGTERM to the second one, upon which a worker waits for nothing and gives its jobs back; to SIGKILL.
 SECOND_SIGNAL_S, KILL_HUNG_S = SAME_SIGNAL_S + 0.5, 5.0
 #: Seconds that a process may take to leave at once.
 AT_ONCE_S = LAST_WORDS_S + 1.0
