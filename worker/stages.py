@@ -19,7 +19,7 @@ import redis
 from embedq.model import ModelError
 from embedq.producer import wire
 from embedq.producer.connection import is_passing, is_wrong_type
-from embedq.producer.errors import JobFailedError, WireError
+from embedq.producer.errors import JobFailedError, NewerVersionError, WireError
 from embedq.producer.wire import EmbedRequest
 from embedq.worker.claims import Claim, ClaimStore, Outcome
 from embedq.worker.engine import Engine, Piece, Work
@@ -28,6 +28,7 @@ from embedq.worker.failures import ENDINGS, job_failure, said
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.planning import ReadyJob
 from embedq.worker.sequels import Sequels
+from embedq.worker.tracing import Spans
 from embedq.worker.watchdog import Watchdog
 
 logger = logging.getLogger("embedq.worker")
@@ -57,6 +58,7 @@ class WorkerStages:
         ranked_queues: Sequence[str],
         sequels: Sequels,
         watchdog: Watchdog,
+        spans: Spans,
     ) -> None:
         """ranked_queues: the most urgent first; the others count as urgent as the first of them.
 
@@ -69,6 +71,7 @@ class WorkerStages:
         self._ranks = {queue: rank for rank, queue in enumerate(ranked_queues)}
         self._sequels = sequels
         self._watchdog = watchdog
+        self._spans = spans
         self._count_lock = threading.Lock()
         self.num_finished = 0
         self.num_failed = 0
@@ -95,13 +98,15 @@ class WorkerStages:
                 requests.append(request)
                 readable.append(claim)
                 chars += sum(map(len, request.texts))
+            except NewerVersionError as err:
+                failed.append(Outcome.parked(claim, err))
             except Exception as err:
                 failed.append(Outcome.failed(claim, _unreadable(err)))
             num_read += 1
             if chars >= SLICE_CHARS:
                 break
         works: list[Work] = []
-        with self._charging(lambda: readable), self._watchdog.watching(readable):
+        with self._charging(lambda: readable), self._watchdog.watching(readable), self._spans.tokenizing(readable):
             of_requests = self._engine.tokenize_all(requests)
         for claim, tokenized in zip(readable, of_requests, strict=True):
             if isinstance(tokenized, JobFailedError):
@@ -129,6 +134,7 @@ class WorkerStages:
 
     def leave(self, claims: Sequence[Claim]) -> None:
         """They are this worker's no longer."""
+        self._spans.left(claims, LOST)
         self._leases.drop(claims)
 
     def ready_job(self, work: Work) -> ReadyJob:
@@ -140,7 +146,8 @@ class WorkerStages:
         lost = [work for work in works if self._leases.is_lost(work.tag)]
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
-        with self._charging(lambda: self._engine.isolation.at_work):
+        self._spans.left([work.tag for work in lost], LOST)
+        with self._charging(lambda: self._engine.isolation.at_work), self._spans.encoding(batch):
             return lost + self._engine.encode(batch)
 
     @contextlib.contextmanager
@@ -161,7 +168,8 @@ class WorkerStages:
         """Sent until Redis has it, however long that takes: what was computed is kept."""
         works = [item for item in done if isinstance(item, Work)]
         outcomes = [item for item in done if isinstance(item, Outcome)] + self._outcomes(works)
-        self._tell_failures([outcome for outcome in outcomes if outcome.kind != "finished"])
+        self._tell_failures([outcome for outcome in outcomes if outcome.kind in ("failed", "retry")])
+        self._tell_parked([outcome for outcome in outcomes if outcome.kind == "parked"])
         if outcomes:
             self._send(outcomes)
         self._leases.drop([work.tag for work in works] + [outcome.claim for outcome in outcomes])
@@ -180,11 +188,12 @@ class WorkerStages:
         return outcomes
 
     def _send(self, outcomes: Sequence[Outcome]) -> None:
-        with_sequel = _until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
+        with self._spans.publishing(outcomes):
+            with_sequel = _until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
         with self._count_lock:
             self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
         for outcome in outcomes:
-            if outcome.kind != "finished":
+            if outcome.kind in ("failed", "retry"):
                 self._sequels.report(outcome.claim.job_id, outcome.payload)
         for outcome in with_sequel:
             follow = functools.partial(self._sequels.follow, outcome.claim.queue, outcome.claim.job_id)
@@ -198,6 +207,13 @@ class WorkerStages:
             logger.warning("failed jobs: %d, code %s", number, code)
         for outcome in failed:
             logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
+
+    def _tell_parked(self, parked: Sequence[Outcome]) -> None:
+        if parked:
+            logger.warning(
+                "%d jobs are of a later wire version than %d, up to which this worker reads: left for a newer one",
+                *(len(parked), wire.VERSION),
+            )
 
 
 def _read_request(claim: Claim) -> EmbedRequest:

@@ -52,6 +52,7 @@ from embedq.worker.settings import WorkerSettings
 from embedq.worker.stages import AtWork, WorkerStages, blamed
 from embedq.worker.startup import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, leaving_at_once, until_served
 from embedq.worker.statuses import EXIT_HANGS
+from embedq.worker.tracing import Identity, Spans, open_spans
 from embedq.worker.waiting import QueueWaiter
 from embedq.worker.watchdog import Watchdog
 
@@ -90,6 +91,7 @@ class EmbedWorker(SimpleWorker):
     waiter: QueueWaiter
     turns: QueueTurns
     watchdog: Watchdog
+    spans: Spans
     stages: WorkerStages
     pipeline: Pipeline
     quarantine: Quarantine
@@ -161,7 +163,9 @@ class EmbedWorker(SimpleWorker):
         self.watchdog = Watchdog(settings.encode_timeout_s, self._end_hanging)
         self.engine = Engine(load_encoder(settings), settings.max_batch_tokens, self.name, self.watchdog.watching)
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
-        self.store = ClaimStore(self.connection, self.name, settings.lease_s)
+        encoder = self.engine.encoder
+        self.spans = open_spans(settings.tracing, Identity(self.name, encoder.name, encoder.placement))
+        self.store = ClaimStore(self.connection, self.name, settings.lease_s, with_traces=self.spans.are_wanted)
         self.sequels = Sequels(self.connection, self.queue_names(), self.callbacks, self._exc_handlers)
         self.promoter = Promoter(self.connection, self.queue_names())
         self.chores = Chores(self._tick)
@@ -184,7 +188,7 @@ class EmbedWorker(SimpleWorker):
         # Where the queues take turns, none is more urgent than another.
         ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
         self.stages = WorkerStages(
-            self.engine, self.store, self.leases, self.budget, ranked, self.sequels, self.watchdog
+            self.engine, self.store, self.leases, self.budget, ranked, self.sequels, self.watchdog, self.spans
         )
         self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self._end_claiming)
         self.quarantine = Quarantine(self.stages, self.store, self.engine.max_batch_tokens)
@@ -251,6 +255,7 @@ class EmbedWorker(SimpleWorker):
                 self.teardown()
         except redis.RedisError as err:
             logger.warning("left without a word to Redis (%s); claimed jobs return when their leases end", err)
+        self.spans.close(self.departure.grace_left_s() / 2)
         self.departure.done()
 
     def _stop_scheduler(self) -> None:
@@ -328,6 +333,7 @@ class EmbedWorker(SimpleWorker):
                 return Claimed([])
             found = self.store.claim(names, limit if max_jobs is None else min(limit, max_jobs), self.budget.max_bytes)
             self.leases.hold(found.claims)
+        self.spans.claimed(found.claims)
         if found.claims:
             self._state = WorkerStatus.BUSY.value  # as claim.lua told Redis
             first = [claim for claim in found.claims if not claim.attempts]
@@ -383,6 +389,7 @@ class EmbedWorker(SimpleWorker):
             logger.info("%d claimed jobs given back to the head of their queues", released)
         except redis.RedisError as err:
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
+        self.spans.left(held, "released")
         self.leases.drop(held)
 
     def _tick(self) -> None:
