@@ -80,6 +80,7 @@ class ChildProcess:
 
     def close(self) -> None:
         self._probe.close()
+        self._relay.drain()
 
 
 @contextlib.contextmanager

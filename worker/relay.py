@@ -37,8 +37,12 @@ class LineRelay:
 
     def last_line(self) -> str:
         """The last that says something, as the child wrote it; empty if there was none. For a child that has ended."""
-        self._thread.join(DRAIN_S)
+        self.drain()
         return next((text for line in reversed(self._last) if (text := line.decode(errors="replace").strip())), "")
+
+    def drain(self) -> None:
+        """Waits until all that a child which has ended wrote is passed on."""
+        self._thread.join(DRAIN_S)
 
     def _run(self) -> None:
         with self._source:

@@ -224,7 +224,8 @@ class Slot:
             self._restart(tenure, now)
 
     def _restart(self, tenure: Tenure, now: float) -> None:
-        words = tenure.process.last_words()
+        # What a process that was killed wrote last has nothing to do with it.
+        words = tenure.process.last_words() if tenure.status and tenure.status > 0 else ""
         what = worker_status(tenure.status or 0) + (f": {words}" if words else "")
         if self._is_rolling:
             self._fail_roll(tenure)
