@@ -33,6 +33,7 @@ from embedq.producer.errors import (
     ResultTimeoutError,
 )
 from embedq.worker import logs, processes
+from embedq.worker.probe import health
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 from embedq.worker.startup import leaving_at_once, until_served
 
@@ -321,7 +322,7 @@ def _name_variables(command: click.Command) -> None:
             _name_variables(inner)
 
 
-for _command in (demo, up, worker, *client.COMMANDS, model_group, bench_group):
+for _command in (demo, health, up, worker, *client.COMMANDS, model_group, bench_group):
     main.add_command(_command)
 _name_variables(main)
 
