@@ -19,6 +19,7 @@ from embedq.model import DeviceLostError, ModelError
 from embedq.model.bench_cli import bench_group
 from embedq.model.cli import model_group
 from embedq.producer import cli as client
+from embedq.producer import fleet_cli
 from embedq.producer.checks import printable
 from embedq.producer.client import DEFAULT_QUEUE, check_queue_name
 from embedq.producer.connection import connect, translated_errors
@@ -211,6 +212,11 @@ _QUEUE_SETTINGS = (
     _setting(
         "liveness_timeout_s", type=float, help="Seconds without progress on jobs in hand after which /livez is red."
     ),
+    _setting(
+        "tracing",
+        is_flag=True,
+        help="Spans of traced jobs, sent by OTLP as the OTEL_ variables say; default: if they name an endpoint.",
+    ),
 )
 
 
@@ -322,7 +328,7 @@ def _name_variables(command: click.Command) -> None:
             _name_variables(inner)
 
 
-for _command in (demo, health, up, worker, *client.COMMANDS, model_group, bench_group):
+for _command in (demo, health, up, worker, *client.COMMANDS, *fleet_cli.COMMANDS, model_group, bench_group):
     main.add_command(_command)
 _name_variables(main)
 

@@ -63,6 +63,8 @@ class WorkerSettings:
     metrics_host: str = "127.0.0.1"
     #: seconds without progress on jobs in hand after which /livez turns red
     liveness_timeout_s: float = 180.0
+    #: spans by OpenTelemetry; None: where OTEL_EXPORTER_OTLP_ENDPOINT is set
+    tracing: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -138,7 +140,7 @@ _NUMBERS: dict[str, Any] = {
     **dict.fromkeys(("lease_s", "grace_s", "startup_timeout_s", "encode_timeout_s"), float),
     **dict.fromkeys(("linger_ms", "max_latency_ms", "liveness_timeout_s"), float),
 }
-_SWITCHES: dict[str, Any] = {"warm_up": _read_switch, "allow_tf32": _read_switch}
+_SWITCHES: dict[str, Any] = dict.fromkeys(("warm_up", "allow_tf32", "tracing"), _read_switch)
 _NAMES: dict[str, Any] = {"allow_callbacks": _read_names}
 _READERS: dict[str, Any] = {
     field.name: (_NUMBERS | _SWITCHES | _NAMES).get(field.name, str) for field in fields(WorkerSettings)

@@ -29,6 +29,7 @@ from embedq.worker.leases import LeaseKeeper
 from embedq.worker.observer import Observer
 from embedq.worker.planning import ReadyJob
 from embedq.worker.sequels import Sequels
+from embedq.worker.tracing import Spans
 from embedq.worker.watchdog import Watchdog
 
 logger = logging.getLogger("embedq.worker")
@@ -58,6 +59,7 @@ class WorkerStages:
         ranked_queues: Sequence[str],
         sequels: Sequels,
         watchdog: Watchdog,
+        spans: Spans,
         observer: Observer | None = None,
     ) -> None:
         """ranked_queues: the most urgent first; the others count as urgent as the first of them.
@@ -72,6 +74,7 @@ class WorkerStages:
         self._sequels = sequels
         self._watchdog = watchdog
         self._observer = observer or Observer()
+        self._spans = spans
         self._count_lock = threading.Lock()
         self.num_finished = 0
         self.num_failed = 0
@@ -108,7 +111,7 @@ class WorkerStages:
             if chars >= SLICE_CHARS:
                 break
         works: list[Work] = []
-        with self._charging(lambda: readable), self._watchdog.watching(readable):
+        with self._charging(lambda: readable), self._watchdog.watching(readable), self._spans.tokenizing(readable):
             of_requests = self._engine.tokenize_all(requests)
         for claim, tokenized in zip(readable, of_requests, strict=True):
             if isinstance(tokenized, JobFailedError):
@@ -137,6 +140,7 @@ class WorkerStages:
 
     def leave(self, claims: Sequence[Claim]) -> None:
         """They are this worker's no longer."""
+        self._spans.left(claims, LOST)
         self._leases.drop(claims)
 
     def ready_job(self, work: Work) -> ReadyJob:
@@ -148,7 +152,8 @@ class WorkerStages:
         lost = [work for work in works if self._leases.is_lost(work.tag)]
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
-        with self._charging(lambda: self._engine.isolation.at_work):
+        self._spans.left([work.tag for work in lost], LOST)
+        with self._charging(lambda: self._engine.isolation.at_work), self._spans.encoding(batch):
             return lost + self._engine.encode(batch)
 
     @contextlib.contextmanager
@@ -190,7 +195,8 @@ class WorkerStages:
         return outcomes
 
     def _send(self, outcomes: Sequence[Outcome], began_at: float) -> None:
-        with_sequel = self._until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
+        with self._spans.publishing(outcomes):
+            with_sequel = self._until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
         self._count(outcomes)
         self._observer.published(outcomes, time.monotonic() - began_at)
         for outcome in outcomes:

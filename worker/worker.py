@@ -52,6 +52,7 @@ from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.stages import AtWork, WorkerStages, blamed
 from embedq.worker.startup import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, leaving_at_once, until_served
+from embedq.worker.tracing import Identity, Spans, open_spans
 from embedq.worker.waiting import QueueWaiter
 from embedq.worker.watchdog import Watchdog
 
@@ -91,6 +92,7 @@ class EmbedWorker(SimpleWorker):
     waiter: QueueWaiter
     turns: QueueTurns
     watchdog: Watchdog
+    spans: Spans
     stages: WorkerStages
     pipeline: Pipeline
     quarantine: Quarantine
@@ -168,7 +170,9 @@ class EmbedWorker(SimpleWorker):
             load_encoder(settings), settings.max_batch_tokens, self.name, self.watchdog.watching, observer
         )
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
-        self.store = ClaimStore(self.connection, self.name, settings.lease_s)
+        encoder = self.engine.encoder
+        self.spans = open_spans(settings.tracing, Identity(self.name, encoder.name, encoder.placement))
+        self.store = ClaimStore(self.connection, self.name, settings.lease_s, with_traces=self.spans.are_wanted)
         self.sequels = Sequels(self.connection, self.queue_names(), self.callbacks, self._exc_handlers)
         self.promoter = Promoter(self.connection, self.queue_names())
         self.chores = Chores(self._tick)
@@ -192,7 +196,15 @@ class EmbedWorker(SimpleWorker):
         # Where the queues take turns, none is more urgent than another.
         ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
         self.stages = WorkerStages(
-            self.engine, self.store, self.leases, self.budget, ranked, self.sequels, self.watchdog, observer
+            self.engine,
+            self.store,
+            self.leases,
+            self.budget,
+            ranked,
+            self.sequels,
+            self.watchdog,
+            self.spans,
+            observer,
         )
         self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self._end_claiming)
         self.quarantine = Quarantine(self.stages, self.store, self.engine.max_batch_tokens, self.pipeline.device_time)
@@ -261,6 +273,7 @@ class EmbedWorker(SimpleWorker):
                 self.teardown()
         except redis.RedisError as err:
             logger.warning("left without a word to Redis (%s); claimed jobs return when their leases end", err)
+        self.spans.close(self.departure.grace_left_s() / 2)
         self.departure.done()
 
     def _stop_scheduler(self) -> None:
@@ -339,6 +352,7 @@ class EmbedWorker(SimpleWorker):
                 return Claimed([])
             found = self.store.claim(names, limit if max_jobs is None else min(limit, max_jobs), self.budget.max_bytes)
             self.leases.hold(found.claims)
+        self.spans.claimed(found.claims)
         if found.claims:
             self._state = WorkerStatus.BUSY.value  # as claim.lua told Redis
             self.monitor.observer.claimed(found.claims)
@@ -396,6 +410,7 @@ class EmbedWorker(SimpleWorker):
             self.monitor.observer.released(released)
         except redis.RedisError as err:
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
+        self.spans.left(held, "released")
         self.leases.drop(held)
 
     def _tick(self) -> None:
