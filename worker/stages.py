@@ -204,15 +204,18 @@ class WorkerStages:
         with self._count_lock:
             self.num_failed += len(failed)
         for code, number in Counter([outcome.code for outcome in failed]).items():
-            logger.warning("failed jobs: %d, code %s", number, code)
+            fields = {"event": "failed_jobs", "jobs": number, "code": code}
+            logger.warning("failed jobs: %d, code %s", number, code, extra=fields)
         for outcome in failed:
-            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
+            fields = {"event": "failed_job", "job": outcome.claim.job_id, "code": outcome.code}
+            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code, extra=fields)
 
     def _tell_parked(self, parked: Sequence[Outcome]) -> None:
         if parked:
             logger.warning(
                 "%d jobs are of a later wire version than %d, up to which this worker reads: left for a newer one",
                 *(len(parked), wire.VERSION),
+                extra={"event": "parked_jobs", "jobs": len(parked)},
             )
 
 
@@ -254,6 +257,7 @@ def _until_served(action: Callable[[], T], what: str) -> T:
         except redis.RedisError as err:
             if not is_passing(err) and not is_wrong_type(err):
                 raise
-            logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s)
+            fields = {"event": "redis_unavailable", "error": type(err).__name__}
+            logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s, extra=fields)
             time.sleep(retry_s)
             retry_s = min(2 * retry_s, RETRY_LONGEST_S)
