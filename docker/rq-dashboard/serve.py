@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import rq.serializers
+
 from embedq.producer import Embeddings
 from embedq.producer.password_file import with_password
 from embedq.producer.serializer import EmbedSerializer
