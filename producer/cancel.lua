@@ -59,7 +59,7 @@ local function cancel(id)
 
   clear_way('list', prefix .. ':queue:' .. queue)
   clear_way('stream', stream)
-  for _, registry in ipairs({':scheduled:', ':deferred:', ':ready:', ':canceled:'}) do
+  for _, registry in ipairs({':scheduled:', ':deferred:', ':ready:', ':canceled:', ':embedq:parked:'}) do
     clear_way('zset', prefix .. registry .. queue)
   end
   -- First what a server without memory refuses, so that it refuses before anything has changed.
@@ -67,6 +67,7 @@ local function cancel(id)
   redis.call('XADD', stream, 'MAXLEN', '~', 10, '*', 'type', 3, 'worker_name', '')
   if status == 'queued' then
     redis.call('LREM', prefix .. ':queue:' .. queue, 1, id)
+    redis.call('ZREM', prefix .. ':embedq:parked:' .. queue, id)
   elseif status == 'started' then
     end_executions(id, queue, fields[5])
   end

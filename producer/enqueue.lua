@@ -26,6 +26,7 @@ local first_shared = 12 + tonumber(ARGV[10])
 local first_job = first_shared + tonumber(ARGV[11])
 local job_prefix = prefix .. ':job:'
 local scheduled, deferred = prefix .. ':scheduled:' .. queue, prefix .. ':deferred:' .. queue
+local parked = prefix .. ':embedq:parked:' .. queue
 
 local function has_failed(status)
   return status == 'failed' or status == 'stopped' or status == 'canceled'
@@ -73,7 +74,9 @@ if #taken > 1 then
 end
 
 if #fresh > 0 and max_depth > 0 then
+  clear_way('zset', parked)
   local depth = redis.call('LLEN', KEYS[1]) + redis.call('ZCARD', scheduled) + redis.call('ZCARD', deferred)
+    + redis.call('ZCARD', parked)
   if depth + #fresh > max_depth then
     return {'full', depth}
   end

@@ -19,6 +19,7 @@
     ├── ResultTimeoutError (TimeoutError)    no result yet; the job goes on                (retryable)
     ├── MixedResultsError                    parts of one result are of different models   (retryable)
     └── WireError                            bytes in Redis that are not a request or result of ours
+        └── NewerVersionError                they are, of a version that came after this embedq  (version)
 
 Every message is one line and says what to do.
 """
@@ -195,3 +196,13 @@ class MixedResultsError(EmbedqError):
 
 class WireError(EmbedqError):
     code = "bad_payload"
+
+
+class NewerVersionError(WireError):
+    """`version` of the wire format is above what this embedq reads. A worker leaves such a job for a newer one."""
+
+    code = "newer_version"
+
+    def __init__(self, message: str, version: int) -> None:
+        super().__init__(message)
+        self.version = version

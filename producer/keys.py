@@ -108,7 +108,7 @@ def sequels(queue_name: str) -> str:
 
 
 def parked(queue_name: str) -> str:
-    """List of the waiting jobs that only a newer worker can read; ours, RQ has no such key."""
+    """Sorted set of the waiting jobs that only a newer worker can read, by wire version; ours, RQ has no such key."""
     return f"{PREFIX}:embedq:parked:{queue_name}"
 
 

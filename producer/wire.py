@@ -25,13 +25,17 @@ import orjson
 
 from embedq.producer.checks import is_int, shown
 from embedq.producer.embeddings import Embeddings, Timings
-from embedq.producer.errors import InvalidRequestError, JobFailedError, WireError
+from embedq.producer.errors import InvalidRequestError, JobFailedError, NewerVersionError, WireError
 from embedq.producer.options import MAX_JOB_CHARS, MAX_TEXTS_PER_JOB, EmbedOptions, check_texts
 
 #: The RQ function of every job of ours, by path, so that enqueueing imports no torch.
 FUNCTION = "embedq.worker.tasks.embed"
-#: Raised when a request can no longer be read by older workers.
+#: Raised when a request can no longer be read by older workers, which leave it for newer ones; what came before is
+#: still read. And when a result can no longer be read by older clients.
 VERSION = 1
+RESULT_VERSION = 1
+#: No version of ours: what has a higher one is foreign.
+MAX_VERSION = 1000
 #: Requests below so many bytes are not compressed: zlib's call would cost more than it saves.
 COMPRESS_FROM_BYTES = 256
 #: What a request may grow to; MAX_JOB_CHARS of four bytes each, escaped, is below it.
@@ -126,11 +130,14 @@ def _call(function: object, instance: object) -> str:
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> EmbedRequest:
-    """The keywords of `embed` as a request. Raises WireError for a version, text or option that can't be."""
+    """The keywords of `embed` as a request. Raises WireError for a version, text or option that can't be, and
+    NewerVersionError for a version that may be one some day."""
     options = dict(kwargs)
     version = options.pop("version", VERSION)
-    if version != VERSION:
-        raise WireError(f"the request has version {shown(version)}; this worker reads version {VERSION}")
+    if is_int(version, VERSION + 1, MAX_VERSION):
+        raise NewerVersionError(f"the request has version {version}; this worker reads up to {VERSION}", version)
+    if not is_int(version, 1, VERSION):
+        raise WireError(f"the request has version {shown(version)}; this worker reads 1 to {VERSION}")
     try:
         return EmbedRequest(check_texts(options.pop("texts", ())), _read_options(options))
     except InvalidRequestError as err:
@@ -159,7 +166,7 @@ def encode_result(result: Embeddings) -> bytes:
     """
     vectors = result.vectors
     metadata = {
-        "version": str(VERSION),
+        "version": str(RESULT_VERSION),
         "model": result.model,
         "revision": result.revision,
         "worker": result.worker,
@@ -177,7 +184,7 @@ def encode_result(result: Embeddings) -> bytes:
 
 
 def decode_result(blob: bytes) -> Embeddings:
-    """Raises WireError if these are not the bytes of `encode_result`."""
+    """Raises WireError if these are not the bytes of `encode_result`; NewerVersionError for those of a later one."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -187,6 +194,7 @@ def decode_result(blob: bytes) -> Embeddings:
     try:
         header = orjson.loads(blob[8 : 8 + header_bytes])
         metadata = header["__metadata__"]
+        _check_result_version(metadata)
         output = metadata.get("output", _DEFAULTS["output"])
         if header[TENSOR_NAMES[output]]["dtype"] not in _DTYPES.values():
             raise ValueError("its numbers are of no type of ours")
@@ -213,6 +221,14 @@ def decode_result(blob: bytes) -> Embeddings:
     if not _has_plain_fields(result):
         raise WireError("the result in Redis cannot be read: a field of it is of another type")
     return result
+
+
+def _check_result_version(metadata: Mapping[str, str]) -> None:
+    version = int(metadata["version"])
+    if RESULT_VERSION < version <= MAX_VERSION:
+        raise NewerVersionError(
+            f"the result has version {version}, this client reads up to {RESULT_VERSION}: update embedq here", version
+        )
 
 
 def _has_plain_fields(result: Embeddings) -> bool:

@@ -16,7 +16,7 @@ import pybase64
 import redis
 
 from embedq.producer import keys, scripts, wire
-from embedq.producer.errors import JobFailedError
+from embedq.producer.errors import JobFailedError, NewerVersionError
 from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S
 from embedq.worker.staging import StagedScript
 
@@ -82,8 +82,8 @@ class Outcome:
     """What became of one claim."""
 
     claim: Claim
-    kind: Literal["finished", "failed", "retry"]
-    #: serialized result, or the reason as RQ stores it
+    kind: Literal["finished", "failed", "retry", "parked"]
+    #: serialized result, or the reason as RQ stores it; of what is parked, the wire version that it waits for
     payload: bytes
     working_s: float = 0.0
     #: the failure's code
@@ -97,6 +97,11 @@ class Outcome:
     def failed(cls, claim: Claim, failure: JobFailedError) -> Outcome:
         kind: Literal["failed", "retry"] = "retry" if failure.retryable else "failed"
         return cls(claim, kind, wire.encode_exc_string(failure), code=failure.code)
+
+    @classmethod
+    def parked(cls, claim: Claim, reason: NewerVersionError) -> Outcome:
+        """Not done and not tried: a worker that reads this version takes it up."""
+        return cls(claim, "parked", b"%d" % reason.version, code=reason.code)
 
 
 class ClaimStore:

@@ -26,11 +26,16 @@ local function attempts(counted, retries, left)
   return math.max(0, seconds(counted, 0), used)
 end
 
--- Puts a started job back: 'LPUSH' at the head of its queue, 'RPUSH' at the tail. Its waiting time runs anew.
-local function put_back(prefix, queue, id, push)
+-- A started job waits again. Its waiting time runs anew.
+local function wait_again(prefix, id)
   local key = prefix .. ':job:' .. id
   redis.call('HSET', key, 'status', 'queued', 'started_at', '', 'worker_name', '')
   start_waiting(key, redis.call('HGET', key, 'ttl'))
+end
+
+-- Puts a started job back: 'LPUSH' at the head of its queue, 'RPUSH' at the tail.
+local function put_back(prefix, queue, id, push)
+  wait_again(prefix, id)
   redis.call(push, prefix .. ':queue:' .. queue, id)
 end
 
@@ -84,7 +89,7 @@ end
 local function clear_way_for_end(prefix, queue)
   clear_way('list', prefix .. ':queue:' .. queue)
   clear_way('zset', wip_key(prefix, queue))
-  for _, registry in ipairs({':finished:', ':failed:', ':scheduled:', ':embedq:sequels:'}) do
+  for _, registry in ipairs({':finished:', ':failed:', ':scheduled:', ':embedq:sequels:', ':embedq:parked:'}) do
     clear_way('zset', prefix .. registry .. queue)
   end
 end

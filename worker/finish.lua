@@ -7,10 +7,11 @@
 -- ARGV[3]  seconds to keep a result where the job doesn't say
 -- ARGV[4]  seconds to keep a failure where the job doesn't say
 -- then for each job
---   +0  outcome: 'finished', 'failed', or 'retry' (another attempt while retries are left, else failed)
+--   +0  outcome: 'finished', 'failed', 'retry' (another attempt while retries are left, else failed), or 'parked' (not
+--       tried: it waits for a worker that reads its wire version)
 --   +1  queue name    +2  job id    +3  execution id
 --   +4  base64 of the result, or of the compressed reason; empty: the stream with the entry is staged already, under
---       the name of the job's own, a colon and the execution id
+--       the name of the job's own, a colon and the execution id. Of one that is parked, the version
 --   +5  seconds of work
 --
 -- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, now or by the same call before, and
@@ -22,7 +23,7 @@ local ENTRIES = {finished = {1, 'return_value'}, failed = {2, 'exc_string'}}
 local prefix, worker = ARGV[1], ARGV[2]
 local result_ttl, failure_ttl = tonumber(ARGV[3]), tonumber(ARGV[4])
 local now, now_s = timestamp(), clock()
-local replies, failures, work_s = {}, 0, 0
+local replies, failures, parked, work_s = {}, 0, 0, 0
 local ended = {finished = {}, failed = {}} -- by queue: score, id, score, id, ...
 local held, pairs_by_queue, execution_keys, all_pairs = {}, {}, {}, {}
 local some_have_dependents = false
@@ -62,6 +63,12 @@ local function publish(i)
   execution_keys[#execution_keys + 1] = prefix .. ':executions:' .. id
   all_pairs[#all_pairs + 1] = pair
   work_s = work_s + tonumber(ARGV[i + 5])
+  if outcome == 'parked' then
+    parked = parked + 1
+    wait_again(prefix, id)
+    redis.call('ZADD', prefix .. ':embedq:parked:' .. queue, ARGV[i + 4], id)
+    return 1
+  end
   if outcome ~= 'finished' then
     failures = failures + 1
     local again = outcome == 'retry' and try_again(prefix, queue, id)
@@ -124,7 +131,7 @@ for status, by_queue in pairs(ended) do
     in_slices(members, function(...) redis.call('ZADD', prefix .. ':' .. status .. ':' .. queue, ...) end)
   end
 end
-count(prefix, worker, 'successful_job_count', #all_pairs - failures)
+count(prefix, worker, 'successful_job_count', #all_pairs - failures - parked)
 count(prefix, worker, 'failed_job_count', failures)
 count(prefix, worker, 'total_working_time', work_s)
 return replies

@@ -1,17 +1,21 @@
--- Moves the jobs whose time has come from the scheduled registries onto their queues, for all queues of a worker. An RQ
--- scheduler that does the same beside it does no harm: a job that is not scheduled any more is only struck off.
+-- Moves the jobs whose time has come from the scheduled registries onto their queues, for all queues of a worker, and
+-- the parked ones whose wire version this worker reads. An RQ scheduler that does the same beside it does no harm: a job
+-- that is not scheduled any more is only struck off.
 --
 -- KEYS[1]  the set of all queues
 -- KEYS[2]  the set of all rate limits
 -- KEYS[3+] the queues' scheduled registries
 -- ARGV[1]  RQ's key prefix
 -- ARGV[2]  at most so many jobs in one call
--- ARGV[3+] the queues' names, as many as registries
+-- ARGV[3]  the wire version up to which this worker reads
+-- ARGV[4+] the queues' names, as many as registries
 --
 -- Returns {number moved, milliseconds until the next one is due or -1, number struck off, rate limits under which jobs
 -- wait now...}.
 
-local prefix, limit = ARGV[1], tonumber(ARGV[2])
+local STALE_LOOKS = 10 -- parked jobs of later versions that are looked at in one call, whether they still wait
+
+local prefix, limit, version = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local now = clock()
 local moved, struck_off, next_due = 0, 0, false
 local rate_limits, is_listed = {}, {}
@@ -60,15 +64,49 @@ local function promote(queue, id, due_at)
   redis.call('SADD', KEYS[1], prefix .. ':queue:' .. queue)
 end
 
+-- Whether a parked job still waits there: it may have expired, or been canceled and put back.
+local function is_parked(id)
+  return redis.pcall('HGET', prefix .. ':job:' .. id, 'status') == 'queued'
+end
+
+-- Parked jobs back to the head of their queue, the oldest first.
+local function unpark(queue)
+  local parked = prefix .. ':embedq:parked:' .. queue
+  clear_way('zset', parked)
+  if redis.call('EXISTS', parked) == 0 then
+    return
+  end
+  local readable = {}
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', parked, '-inf', version, 'LIMIT', 0, math.max(0, limit - moved - struck_off))) do
+    if is_parked(id) then
+      readable[#readable + 1] = {id, redis.call('HGET', prefix .. ':job:' .. id, 'enqueued_at') or ''}
+      moved = moved + 1
+    else
+      struck_off = struck_off + 1
+    end
+    redis.call('ZREM', parked, id)
+  end
+  table.sort(readable, function(one, other) return one[2] > other[2] end)
+  for _, job in ipairs(readable) do
+    redis.call('LPUSH', prefix .. ':queue:' .. queue, job[1])
+  end
+  for _, id in ipairs(redis.call('ZRANDMEMBER', parked, STALE_LOOKS)) do
+    if not is_parked(id) then
+      redis.call('ZREM', parked, id)
+    end
+  end
+end
+
 clear_way('set', KEYS[1])
 clear_way('set', KEYS[2])
 for i = 3, #KEYS do
   clear_way('zset', KEYS[i])
-  clear_way('list', prefix .. ':queue:' .. ARGV[i])
+  clear_way('list', prefix .. ':queue:' .. ARGV[i + 1])
+  unpark(ARGV[i + 1])
   local left = limit - moved - struck_off
   local due = left > 0 and redis.call('ZRANGEBYSCORE', KEYS[i], '-inf', now, 'WITHSCORES', 'LIMIT', 0, left) or {}
   for j = 1, #due, 2 do
-    promote(ARGV[i], due[j], due[j + 1])
+    promote(ARGV[i + 1], due[j], due[j + 1])
     redis.call('ZREM', KEYS[i], due[j])
   end
   local head = redis.call('ZRANGE', KEYS[i], 0, 0, 'WITHSCORES')

@@ -1,4 +1,5 @@
-"""Scheduled jobs onto their queues when their time comes: retries after an interval, `enqueue_at`, repetitions.
+"""Jobs onto their queues that wait elsewhere: scheduled ones when their time comes (retries after an interval,
+`enqueue_at`, repetitions), and those that an older worker left because it could not read them.
 
 Every worker does it for its own queues, so that no RQ scheduler need run; beside one it does no harm. Knows the script.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import redis
 from rq.rate_limit import RateLimitRegistry
 
-from embedq.producer import keys, scripts
+from embedq.producer import keys, scripts, wire
 from embedq.worker.sequels import errors_logged
 
 logger = logging.getLogger("embedq.worker")
@@ -51,13 +52,13 @@ class Promoter:
             if promoted.moved + promoted.struck_off < PROMOTE_JOBS:
                 break
         if moved:
-            logger.debug("%d scheduled jobs are due and queued now", moved)
+            logger.debug("%d jobs that were scheduled or parked are queued now", moved)
         return moved
 
     def promote(self) -> Promoted:
         """At most PROMOTE_JOBS of those that are due, in the order of the queues."""
         moved, wait_ms, struck_off, *rate_limits = self._promote(
-            keys=self._keys, args=[keys.PREFIX, PROMOTE_JOBS, *self._queues]
+            keys=self._keys, args=[keys.PREFIX, PROMOTE_JOBS, wire.VERSION, *self._queues]
         )
         for rate_limit in rate_limits:
             # RQ's maintenance does it, too, should this worker die here.

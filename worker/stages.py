@@ -19,7 +19,7 @@ import redis
 from embedq.model import ModelError
 from embedq.producer import wire
 from embedq.producer.connection import is_passing, is_wrong_type
-from embedq.producer.errors import JobFailedError, WireError
+from embedq.producer.errors import JobFailedError, NewerVersionError, WireError
 from embedq.producer.wire import EmbedRequest
 from embedq.worker.claims import Claim, ClaimStore, Outcome
 from embedq.worker.engine import Engine, Piece, Work
@@ -95,6 +95,8 @@ class WorkerStages:
                 requests.append(request)
                 readable.append(claim)
                 chars += sum(map(len, request.texts))
+            except NewerVersionError as err:
+                failed.append(Outcome.parked(claim, err))
             except Exception as err:
                 failed.append(Outcome.failed(claim, _unreadable(err)))
             num_read += 1
@@ -161,7 +163,8 @@ class WorkerStages:
         """Sent until Redis has it, however long that takes: what was computed is kept."""
         works = [item for item in done if isinstance(item, Work)]
         outcomes = [item for item in done if isinstance(item, Outcome)] + self._outcomes(works)
-        self._tell_failures([outcome for outcome in outcomes if outcome.kind != "finished"])
+        self._tell_failures([outcome for outcome in outcomes if outcome.kind in ("failed", "retry")])
+        self._tell_parked([outcome for outcome in outcomes if outcome.kind == "parked"])
         if outcomes:
             self._send(outcomes)
         self._leases.drop([work.tag for work in works] + [outcome.claim for outcome in outcomes])
@@ -184,7 +187,7 @@ class WorkerStages:
         with self._count_lock:
             self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
         for outcome in outcomes:
-            if outcome.kind != "finished":
+            if outcome.kind in ("failed", "retry"):
                 self._sequels.report(outcome.claim.job_id, outcome.payload)
         for outcome in with_sequel:
             follow = functools.partial(self._sequels.follow, outcome.claim.queue, outcome.claim.job_id)
@@ -198,6 +201,13 @@ class WorkerStages:
             logger.warning("failed jobs: %d, code %s", number, code)
         for outcome in failed:
             logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
+
+    def _tell_parked(self, parked: Sequence[Outcome]) -> None:
+        if parked:
+            logger.warning(
+                "%d jobs are of a later wire version than %d, up to which this worker reads: left for a newer one",
+                *(len(parked), wire.VERSION),
+            )
 
 
 def _read_request(claim: Claim) -> EmbedRequest:
