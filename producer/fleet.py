@@ -40,7 +40,7 @@ _COUNTS = {
     "canceled": ("ZCARD", keys.canceled),
     "scheduled": ("ZCARD", keys.scheduled),
     "deferred": ("ZCARD", keys.deferred),
-    "parked": ("LLEN", keys.parked),
+    "parked": ("ZCARD", keys.parked),
 }
 
 
