@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import orjson
 from rq.defaults import CALLBACK_TIMEOUT
 
-from embedq.producer import keys, requests, wire
+from embedq.producer import keys, requests, tracing, wire
 from embedq.producer.checks import shown
 from embedq.producer.errors import (
     DuplicateJobError,
@@ -136,7 +136,15 @@ def enqueue(
 
     Raises DuplicateJobError, QueueFull, JobNotFoundError (a dependency).
     """
-    call = _enqueue_call(queue, jobs, settings, start)
+    with tracing.sending(queue, jobs) as traced:
+        return (yield from _enqueue(queue, jobs, settings, start, traced))
+
+
+def _enqueue(
+    queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start, traced: Sequence[str]
+) -> Operation[frozenset[str]]:
+    """traced: the fields that tell workers which trace the jobs belong to."""
+    call = _enqueue_call(queue, jobs, settings, start, traced)
     pauses = _pauses(settings.block_timeout)
     while True:
         kind, *rest = yield call
@@ -144,7 +152,7 @@ def enqueue(
             return frozenset(job_id.decode() for job_id in rest)
         if kind == b"taken":
             jobs = yield from _as_stored(jobs, [job_id.decode() for job_id in rest])
-            call = _enqueue_call(queue, jobs, settings, start)
+            call = _enqueue_call(queue, jobs, settings, start, traced)
             continue
         if kind != b"full":
             raise missing(rest[0].decode())
@@ -280,10 +288,12 @@ def _push_command(at_front: bool) -> str:
     return "LPUSH" if at_front else "RPUSH"
 
 
-def _enqueue_call(queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start) -> ScriptCall:
+def _enqueue_call(
+    queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start, traced: Sequence[str]
+) -> ScriptCall:
     if settings.depends_on and start.kind != "now":
         raise InvalidOptionError("depends_on and a time exclude each other; give one of them")
-    shared = _shared_fields(settings)
+    shared = (*_shared_fields(settings), *traced)
     return ScriptCall(
         "enqueue",
         [keys.queue(queue), keys.QUEUES],

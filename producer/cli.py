@@ -1,4 +1,4 @@
-"""The client's half of the command line: enqueue, embed, status, result, group, cancel, requeue, info.
+"""The client's half of the command line: enqueue, embed, status, result, group, cancel, requeue.
 
 Knows click, rich and the public client API; needs neither torch nor a worker. `embedq.worker.cli` joins these
 commands with its own under `embedq`.
@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 import orjson
-import redis
 
-from embedq.producer import fleet, formats
+from embedq.producer import formats
 from embedq.producer.checks import printable
 from embedq.producer.client import DEFAULT_QUEUE
-from embedq.producer.connection import DEFAULT_URL, connect
+from embedq.producer.connection import DEFAULT_URL
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, JobNotFoundError, PartialEnqueueError
 from embedq.producer.open_queue import open_queue
 from embedq.producer.options import Precision, TruncationSide
+from embedq.producer.password_file import with_password
 from embedq.producer.queue import EmbedQueue
 from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S, RETRIES
+from embedq.producer.shards import split_urls
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,9 +35,10 @@ url_option = click.option(
     "--url",
     default=DEFAULT_URL,
     show_default=True,
+    callback=lambda _context, _option, urls: " ".join(map(with_password, split_urls(urls))),
     help="Redis: redis://, rediss:// (TLS), unix://, or redis+sentinel://HOST:PORT,.../SERVICE/DB. One with a password"
-    " belongs into EMBEDQ_URL, not into a command line. For a queue on several servers all of them, with spaces between"
-    " them; a worker serves one.",
+    " belongs into EMBEDQ_URL, not into a command line; or EMBEDQ_PASSWORD_FILE names a file that has the password."
+    " For a queue on several servers all of them, with spaces between them; a worker serves one.",
 )
 queue_option = click.option("--queue", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
@@ -300,23 +301,8 @@ def requeue(job_ids: tuple[str, ...], at_front: bool, url: str, as_json: bool) -
     _for_each(job_ids, url, requeue_one, as_json)
 
 
-@click.command()
-@url_option
-@json_option
-def info(url: str, as_json: bool) -> None:
-    """Show all queues and workers, with counts."""
-    with _client(url) as client:
-        seen = fleet.look(client)
-    if as_json:
-        echo_json(seen.to_plain())
-    else:
-        from embedq.producer import tables
-
-        tables.print_fleet(seen)
-
-
 #: What `embedq` offers a client.
-COMMANDS = (enqueue, embed, status, result, group, cancel, requeue, info)
+COMMANDS = (enqueue, embed, status, result, group, cancel, requeue)
 
 
 def read_texts(texts: tuple[str, ...], file: Any) -> list[str]:
@@ -375,15 +361,6 @@ def write_result(result: Embeddings, file_format: str, output: Path | None) -> N
 def _print_ids(job_ids: list[str], as_json: bool) -> None:
     for job_id in job_ids:
         echo_json({"id": job_id}) if as_json else click.echo(job_id)
-
-
-@contextmanager
-def _client(url: str) -> Iterator[redis.Redis]:
-    client = connect(url)
-    try:
-        yield client
-    finally:
-        client.close()
 
 
 def _for_each(job_ids: tuple[str, ...], url: str, action: Callable[[EmbedQueue, str], str], as_json: bool) -> None:

@@ -254,6 +254,11 @@ def is_wrong_type(err: redis.RedisError) -> bool:
     return "WRONGTYPE" in str(err)
 
 
+def is_denied(err: redis.RedisError) -> bool:
+    """Whether Redis' user may not do this (see users.acl), be it by itself or in a script."""
+    return isinstance(err, redis.exceptions.NoPermissionError) or _DENIED.search(str(err)) is not None
+
+
 def closed() -> QueueConnectionError:
     """What an awaiting client raises once it was closed: it would open connections that nobody closes."""
     return QueueConnectionError("this queue's client was closed; make another one")
@@ -261,7 +266,7 @@ def closed() -> QueueConnectionError:
 
 def translate(err: redis.RedisError, place: str) -> EmbedqError:
     reason = " ".join(str(err).split())
-    if isinstance(err, redis.exceptions.NoPermissionError) or _DENIED.search(reason):
+    if is_denied(err):
         return QueueAccessError(f"Redis at {place} does not permit this to its user ({reason}); see users.acl")
     if isinstance(err, redis.AuthenticationError) or "NOAUTH" in reason:
         return QueueAccessError(

@@ -44,6 +44,8 @@ class Claim:
     is_last: bool = False
     #: bytes of a `data` that stayed in Redis because it is longer than any of ours; else 0
     refused_bytes: int = 0
+    #: traceparent and tracestate as they stand in Redis, written by anybody; None: no trace, or nobody asked
+    trace: tuple[bytes, bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,11 @@ class Outcome:
 class ClaimStore:
     """One worker's claims in Redis."""
 
-    def __init__(self, client: redis.Redis, worker_name: str, lease_s: float) -> None:
+    def __init__(self, client: redis.Redis, worker_name: str, lease_s: float, with_traces: bool = False) -> None:
+        """with_traces: whether claims are to tell the traces that they belong to."""
         self.worker_name = worker_name
         self.lease_s = lease_s
+        self._with_traces = int(with_traces)
         self._nonce = _fresh_nonce()
         self._claim = scripts.load(client, __package__, "claim")
         self._finish = scripts.load(client, __package__, "finish")
@@ -129,7 +133,10 @@ class ClaimStore:
                 keys.worker_claim(self.worker_name),
                 *map(keys.queue, queues),
             ],
-            args=[keys.PREFIX, self.worker_name, self.lease_s, max_jobs, max_bytes, self._nonce, *queues],
+            args=[
+                *(keys.PREFIX, self.worker_name, self.lease_s, max_jobs, max_bytes, self._nonce, self._with_traces),
+                *queues,
+            ],
         )
         # Only now: a call that raised may have claimed, and is told again under the same nonce.
         self._nonce = _fresh_nonce()
@@ -203,8 +210,9 @@ def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:
     else:
         claim.data = data or b""
     if tried:
-        claim.attempts, retries_left = tried
-        claim.is_last = retries_left == 0
+        claim.attempts, retries_left, *trace = tried
+        claim.is_last = claim.attempts > 0 and retries_left == 0
+        claim.trace = tuple(trace) or None
     return claim
 
 

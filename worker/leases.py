@@ -129,7 +129,7 @@ class LeaseKeeper:
             still_lost = [claim for claim in claims if claim.execution_id in self._held]
             self._lost.update(claim.execution_id for claim in still_lost)
         for claim in still_lost:
-            logger.debug("job %s is not this worker's any more", claim.job_id)
+            logger.debug("job %s is not this worker's any more", claim.job_id, extra={"job": claim.job_id})
 
     def recover(self) -> None:
         """One round over this worker's queues. A dead worker may have held more than one call takes back."""
@@ -145,6 +145,7 @@ class LeaseKeeper:
             logger.warning(
                 "queue %s: the leases of dead workers ran out; %d jobs are tried again, %d failed",
                 *(queue, recovered.retried, recovered.failed),
+                extra={"event": "recovered_jobs", "queue": queue, "jobs": recovered.retried + recovered.failed},
             )
         if recovered.with_sequel:
             self._on_abandoned(queue, recovered.with_sequel)

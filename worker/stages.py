@@ -28,6 +28,7 @@ from embedq.worker.failures import ENDINGS, job_failure, said
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.planning import ReadyJob
 from embedq.worker.sequels import Sequels
+from embedq.worker.tracing import Spans
 from embedq.worker.watchdog import Watchdog
 
 logger = logging.getLogger("embedq.worker")
@@ -57,6 +58,7 @@ class WorkerStages:
         ranked_queues: Sequence[str],
         sequels: Sequels,
         watchdog: Watchdog,
+        spans: Spans,
     ) -> None:
         """ranked_queues: the most urgent first; the others count as urgent as the first of them.
 
@@ -69,6 +71,7 @@ class WorkerStages:
         self._ranks = {queue: rank for rank, queue in enumerate(ranked_queues)}
         self._sequels = sequels
         self._watchdog = watchdog
+        self._spans = spans
         self._count_lock = threading.Lock()
         self.num_finished = 0
         self.num_failed = 0
@@ -103,7 +106,7 @@ class WorkerStages:
             if chars >= SLICE_CHARS:
                 break
         works: list[Work] = []
-        with self._charging(lambda: readable), self._watchdog.watching(readable):
+        with self._charging(lambda: readable), self._watchdog.watching(readable), self._spans.tokenizing(readable):
             of_requests = self._engine.tokenize_all(requests)
         for claim, tokenized in zip(readable, of_requests, strict=True):
             if isinstance(tokenized, JobFailedError):
@@ -131,6 +134,7 @@ class WorkerStages:
 
     def leave(self, claims: Sequence[Claim]) -> None:
         """They are this worker's no longer."""
+        self._spans.left(claims, LOST)
         self._leases.drop(claims)
 
     def ready_job(self, work: Work) -> ReadyJob:
@@ -142,7 +146,8 @@ class WorkerStages:
         lost = [work for work in works if self._leases.is_lost(work.tag)]
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
-        with self._charging(lambda: self._engine.isolation.at_work):
+        self._spans.left([work.tag for work in lost], LOST)
+        with self._charging(lambda: self._engine.isolation.at_work), self._spans.encoding(batch):
             return lost + self._engine.encode(batch)
 
     @contextlib.contextmanager
@@ -183,7 +188,8 @@ class WorkerStages:
         return outcomes
 
     def _send(self, outcomes: Sequence[Outcome]) -> None:
-        with_sequel = _until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
+        with self._spans.publishing(outcomes):
+            with_sequel = _until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
         with self._count_lock:
             self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
         for outcome in outcomes:
@@ -198,15 +204,18 @@ class WorkerStages:
         with self._count_lock:
             self.num_failed += len(failed)
         for code, number in Counter([outcome.code for outcome in failed]).items():
-            logger.warning("failed jobs: %d, code %s", number, code)
+            fields = {"event": "failed_jobs", "jobs": number, "code": code}
+            logger.warning("failed jobs: %d, code %s", number, code, extra=fields)
         for outcome in failed:
-            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
+            fields = {"event": "failed_job", "job": outcome.claim.job_id, "code": outcome.code}
+            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code, extra=fields)
 
     def _tell_parked(self, parked: Sequence[Outcome]) -> None:
         if parked:
             logger.warning(
                 "%d jobs are of a later wire version than %d, up to which this worker reads: left for a newer one",
                 *(len(parked), wire.VERSION),
+                extra={"event": "parked_jobs", "jobs": len(parked)},
             )
 
 
@@ -248,6 +257,7 @@ def _until_served(action: Callable[[], T], what: str) -> T:
         except redis.RedisError as err:
             if not is_passing(err) and not is_wrong_type(err):
                 raise
-            logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s)
+            fields = {"event": "redis_unavailable", "error": type(err).__name__}
+            logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s, extra=fields)
             time.sleep(retry_s)
             retry_s = min(2 * retry_s, RETRY_LONGEST_S)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from embedq.producer.connection import connect
 from embedq.worker.redis_server import RedisServer
 from tests.command.test_client_commands import Shell, one_line
 from tests.conftest import Drain
@@ -57,3 +58,20 @@ def test_two_servers_of_one_name_are_refused(url: str) -> None:
     shown = Shell(f"{url} {url}")("enqueue", "x")
     assert shown.exit_code == 2
     assert "two shards are called" in one_line(shown)
+
+
+def test_a_password_from_a_file_is_every_servers(
+    urls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    password = tmp_path / "password"
+    password.write_text("secret")
+    monkeypatch.setenv("EMBEDQ_PASSWORD_FILE", str(password))
+    for url in urls:
+        with connect(url) as client:
+            client.config_set("requirepass", "secret")
+    try:
+        assert len(Shell(" ".join(urls))("enqueue", *map(str, range(20))).stdout.split()) == 20
+    finally:
+        for url in urls:
+            with connect(f"{url}?password=secret") as client:
+                client.config_set("requirepass", "")

@@ -23,6 +23,7 @@ from embedq.producer import (
     EmbedSerializer,
     JobStatus,
     QueueAccessError,
+    fleet,
     keys,
 )
 from embedq.producer.connection import connect
@@ -31,9 +32,10 @@ from embedq.worker.cli import main
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.redis_server import RedisServer
 from tests.conftest import redis_binaries, until
+from tests.queue.planted import plant_worker
 from tests.queue.test_worker import EMBEDQ
 
-ROLES = ("producer", "worker", "observer")
+ROLES = ("producer", "worker", "observer", "exporter")
 SECRET = "s3cret"
 
 
@@ -222,6 +224,25 @@ def test_the_commands_work_for_a_producer(served: Served) -> None:
     assert shown.exit_code == 0, shown.output
 
 
+def test_an_exporter_sees_what_waits_and_an_observer_estimates_it_without_a_look_at_any_job(served: Served) -> None:
+    with EmbedQueue(served.url("producer")) as queue:
+        queue.enqueue(["a", "b", "c"])
+    plant_worker(served.admin, "w", jobs=10, texts=20, tokens=400, tokens_per_s=8.0, tokens_per_byte=0.5)
+    with connect(served.url("exporter")) as client:
+        [seen] = fleet.look(client).queues
+        assert (seen.texts, seen.is_estimate) == (3, False)
+        assert seen.oldest_age_s is not None
+    assert refusals(served) == []
+    with connect(served.url("observer")) as client:
+        reader = fleet.FleetReader(client)
+        for _ in range(3):
+            [seen] = reader.look().queues
+            assert (seen.texts, seen.tokens, seen.is_estimate, seen.oldest_age_s) == (2, 40, True, None)
+            assert seen.backlog_s == 5.0
+        assert reader.look().server is not None
+    assert [user for user, *_ in refusals(served)] == ["embedq-observer"]  # it asked once
+
+
 def test_canceling_a_running_job_without_a_right_to_its_lease_takes_it_from_the_worker(served: Served) -> None:
     with EmbedQueue(served.url("producer")) as queue, connect(served.url("worker")) as theirs:
         listener = theirs.pubsub()
@@ -312,6 +333,13 @@ FORBIDDEN = {
     "observer": [
         *(("HGETALL", "rq:job:a"), ("XREAD", "STREAMS", "rq:results:a", "0"), ("LPUSH", "rq:queue:embed", "a")),
         *(("DEL", "rq:queue:embed"), ("HSET", "rq:worker:w", "a", "b"), ("EVAL", "return 1", "0"), ("KEYS", "*")),
+        *(("HMGET", "rq:job:a", "data"), ("LRANGE", "rq:queue:embed", "0", "-1"), ("SCRIPT", "LOAD", "return 1")),
+    ],
+    "exporter": [
+        *(("XREAD", "STREAMS", "rq:results:a", "0"), ("LPUSH", "rq:queue:embed", "a"), ("HSET", "rq:job:a", "x", "y")),
+        *(("DEL", "rq:job:a"), ("HSET", "rq:worker:w", "a", "b"), ("EVAL", "return 1", "0"), ("KEYS", "*")),
+        *(("GET", "other"), ("HMGET", "session:1", "x"), ("EXPIRE", "rq:job:a", "1"), ("SET", "rq:suspended", "1")),
+        *(("CONFIG", "GET", "*"), ("CLIENT", "LIST"), ("SCAN", "0"), ("PUBLISH", "rq:pubsub:w", "x"), ("FLUSHALL",)),
     ],
 }
 
@@ -337,6 +365,7 @@ def test_a_role_can_do_nothing_beyond_its_own(served: Served, role: str) -> None
         *(("worker", "'GET', 'other'"), ("worker", "'FLUSHALL'"), ("producer", "'GET', 'other'")),
         *(("producer", "'HSET', 'rq:worker:w', 'state', 'x'"), ("producer", "'LRANGE', 'rq:queue:embed', 0, -1")),
         *(("producer", "'PUBLISH', 'rq:pubsub:w', 'x'"), ("producer", "'SSCAN', 'rq:worker:w:executions', 0")),
+        *(("exporter", "'HSET', 'rq:job:a', 'x', 'y'"), ("exporter", "'LPUSH', 'rq:queue:embed', 'a'")),
     ],
 )
 def test_a_script_can_do_no_more_than_its_user(served: Served, role: str, call: str) -> None:
