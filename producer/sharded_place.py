@@ -64,11 +64,12 @@ class ShardedPlace(Place):
         """As on one server, all shards at once; `max_depth` is shared out among them.
 
         What a shard cannot take because it is away or full of memory goes to the others, under ids that are theirs,
-        where ids may be renamed and nothing is depended on. Raises InvalidOptionError for dependencies on different
-        shards, or on another one than the job.
+        where ids may be renamed, nothing is depended on and a job may run twice (it has retries). Raises
+        InvalidOptionError for dependencies on different shards, or on another one than the job.
         """
         sending = yield from self._placed(jobs, settings, may_rename=may_rename)
-        may_move = may_rename and not settings.depends_on
+        # What failed may have got through all the same: without retries a job is not to run twice.
+        may_move = may_rename and not settings.depends_on and settings.retries > 0
         known: set[str] = set()
         accepted: set[str] = set()
         gone: set[str] = set()
@@ -77,7 +78,7 @@ class ShardedPlace(Place):
             known |= sent.known
             accepted |= sent.accepted
             gone.update(sent.failed)
-            if sent.failed and not (may_move and self._is_passing(sent.failed) and len(gone) < len(self._shards.names)):
+            if sent.failed and not (self._is_passing(sent.failed) and may_move and len(gone) < len(self._shards.names)):
                 raise _joined(sent.failed, sending, accepted)
             avoided = self._avoided(gone)
             sending = [job if job.job_id in accepted else self._elsewhere(job, avoided) for job in sending]

@@ -291,7 +291,8 @@ class TextStream:
         """The texts that deserve another chance: all but the guilty one, if the job's failure names it, and all of a
         job that nobody else knows whose server cannot be reached.
         """
-        if isinstance(error, QueueConnectionError) and error.retryable and self._settings.forget:
+        may_run_twice = self._settings.forget and self._job_settings.retries > 0
+        if isinstance(error, QueueConnectionError) and error.retryable and may_run_twice:
             return part  # the job's shard is away; another one takes it
         index = error.text_index if isinstance(error, JobFailedError) else None
         if isinstance(error, JobFailedError) and index is not None:

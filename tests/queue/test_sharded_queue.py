@@ -388,6 +388,16 @@ def test_jobs_with_ids_of_the_callers_are_refused_with_their_shard(
     assert queue.status(ids[0]) is JobStatus.QUEUED
 
 
+def test_a_job_that_is_to_run_once_at_most_goes_nowhere_else_after_a_failure(
+    queue: ShardedEmbedQueue, servers: dict[str, RedisServer]
+) -> None:
+    servers["two"].kill()
+    with pytest.raises(PartialEnqueueError) as caught:
+        queue.enqueue_many(map(str, range(40)), retries=0)
+    assert queue.statuses(caught.value.job_ids) == dict.fromkeys(caught.value.job_ids, JobStatus.QUEUED)
+    assert {home(queue, job.id) for job in queue.enqueue_many(map(str, range(40)), retries=0)} == {"one", "three"}
+
+
 def test_all_shards_gone_is_one_error(queue: ShardedEmbedQueue, servers: dict[str, RedisServer]) -> None:
     for server in servers.values():
         server.kill()
