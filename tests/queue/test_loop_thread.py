@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import signal
 import threading
 import time
@@ -64,3 +65,16 @@ def test_a_thread_that_nobody_used_is_closed_at_once() -> None:
     before = time.monotonic()
     LoopThread("test").close(nothing)
     assert time.monotonic() - before < 5
+
+
+def test_a_call_runs_in_the_callers_context() -> None:
+    """So that the span around it is the parent of those of its jobs."""
+    variable = contextvars.ContextVar("variable", default="nobody's")
+
+    async def read() -> str:
+        return variable.get()
+
+    variable.set("the caller's")
+    thread = LoopThread("test")
+    assert thread.run(read) == "the caller's"
+    thread.close(nothing)
