@@ -6,7 +6,6 @@ Knows the fields; how often a line may come is `log_limits`'.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -36,23 +35,18 @@ FIELDS = (
     "job",  # at DEBUG alone
     REPEATS,  # lines like this one that were left out
 )
-#: Which child of a supervisor this process is, from 0.
-INDEX_VARIABLE = "EMBEDQ_PROCESS_INDEX"
 TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 #: Loggers that a process set up by somebody else, such as `rq worker`, gives no handler.
 OWN_LOGGERS = ("embedq", "opentelemetry")
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, logger, message; worker, process; FIELDS that the line has; trace_id and span_id where a span is the
+    """time, level, logger, message; worker; FIELDS that the line has; trace_id and span_id where a span is the
     current one; traceback."""
 
     def __init__(self, worker: str) -> None:
         super().__init__()
-        index = os.environ.get(INDEX_VARIABLE, "")
         self._constant: dict[str, Any] = {"worker": worker} if worker else {}
-        if index:
-            self._constant["process"] = int(index) if index.isdecimal() else index
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

@@ -35,7 +35,7 @@ from embedq.worker.callbacks import CallbackThread
 from embedq.worker.chores import Chores
 from embedq.worker.claims import Claimed, ClaimStore, Outcome
 from embedq.worker.commands import CommandHandler, survive
-from embedq.worker.departure import EXIT_HANGS, LAST_WORDS_S, Departure
+from embedq.worker.departure import LAST_WORDS_S, Departure
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
@@ -51,6 +51,7 @@ from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.stages import AtWork, WorkerStages, blamed
 from embedq.worker.startup import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, leaving_at_once, until_served
+from embedq.worker.statuses import EXIT_HANGS
 from embedq.worker.tracing import Identity, Spans, open_spans
 from embedq.worker.waiting import QueueWaiter
 from embedq.worker.watchdog import Watchdog

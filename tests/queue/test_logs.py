@@ -181,8 +181,7 @@ def test_messages_that_are_all_different_fill_no_memory(pass_s: Pass, timers: li
 # --- fields
 
 
-def test_json_lines_have_fields_by_stable_names_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EMBEDQ_PROCESS_INDEX", "3")
+def test_json_lines_have_fields_by_stable_names_and_no_others() -> None:
     shown = Shown("json")
     fields = {"event": "failed_jobs", "jobs": 2, "code": "too_long", "password": "secret"}
     shown.logger.warning("failed jobs: %d", 2, extra=fields)
@@ -193,7 +192,6 @@ def test_json_lines_have_fields_by_stable_names_and_no_others(monkeypatch: pytes
         "logger": "embedq.test",
         "message": "failed jobs: 2",
         "worker": "w1",
-        "process": 3,
         "event": "failed_jobs",
         "jobs": 2,
         "code": "too_long",
