@@ -385,16 +385,28 @@ def _work(
     help="Folder of Redis' data, kept across restarts; default: the user's data folder.",
 )
 @client.queue_option
+@_supervisor_options
 @_settings_options
-def up(port: int, data: Path | None, queue: str, **settings: Any) -> None:
-    """Start a Redis and one worker on this machine; Ctrl-C stops both.
+def up(
+    port: int,
+    data: Path | None,
+    queue: str,
+    processes: int | None,
+    hang_timeout_s: float,
+    restart_order: RestartOrder,
+    **settings: Any,
+) -> None:
+    """Start a Redis and a worker on this machine; Ctrl-C stops both.
 
     What is queued or finished is still there at the next start. For one machine and for development; a fleet has
     a Redis of its own and runs `embedq worker`.
     """
     from embedq.worker.local import run_local_service
 
-    run_local_service(port, data, queue, WorkerSettings(**settings))
+    supervised = SupervisorSettings(
+        processes=processes or 1, hang_timeout_s=hang_timeout_s, restart_order=restart_order
+    )
+    run_local_service(port, data, queue, WorkerSettings(**settings), supervised)
 
 
 @click.command()
