@@ -39,8 +39,8 @@ def stream(server: RedisServer, kind: Kind, num_texts: int) -> Streamed:
     ]
     with EmbedQueue(server.url) as queue, SimulatedFleet(workers):
         before = time.thread_time()
-        options = {"precision": kind.precision, "texts_per_job": kind.texts, "window": WINDOW_TEXTS}
-        num_read = sum(len(item.vector) > 0 for item in queue.embed_stream(texts, **options))
+        items = queue.embed_stream(texts, precision=kind.precision, texts_per_job=kind.texts, window=WINDOW_TEXTS)
+        num_read = sum(len(item.vector) > 0 for item in items)
         took_s = time.thread_time() - before
     if num_read != len(texts):
         raise RuntimeError(f"{len(texts) - num_read} of {len(texts)} texts have no vector")
