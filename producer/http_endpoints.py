@@ -1,7 +1,7 @@
 """A few pages over HTTP for probes and scrapes: GET and HEAD of fixed paths, one answer a connection.
 
-On a thread of its own, in one event loop: a client that is slow, or sends nothing, holds up nobody, and is cut off after
-CLIENT_TIMEOUT_S. Knows HTTP; what the pages say is given.
+On a thread of its own, in one event loop: a client that is slow, or sends nothing, holds up nobody, and is cut off
+after CLIENT_TIMEOUT_S. Knows HTTP; what the pages say is given.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        listening = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)  # type: ignore[arg-type]
+        listening = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except (OSError, OverflowError, UnicodeError) as err:
         reason = err.strerror if isinstance(err, OSError) else str(err)
         raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}; choose another") from err

@@ -26,6 +26,13 @@ STAGE_FROM_BYTES = 32 * 1024
 RECOVER_JOBS = 500
 
 
+#: What may become of a claim: a failure is tried again while retries are left, and a canceled job comes to nothing.
+Became = Literal["", "finished", "failed", "retried", "parked", "canceled"]
+#: Of finish.lua's reply.
+_DONE, _HAS_SEQUEL, _AGAIN, _CANCELED = 1, 2, 4, 8
+_BECAME: dict[str, Became] = {"finished": "finished", "failed": "failed", "retry": "failed", "parked": "parked"}
+
+
 # Not frozen: one for each job, and a frozen one takes three times as long to make.
 @dataclass(slots=True, eq=False)
 class Claim:
@@ -44,6 +51,8 @@ class Claim:
     is_last: bool = False
     #: bytes of a `data` that stayed in Redis because it is longer than any of ours; else 0
     refused_bytes: int = 0
+    #: 0 until it was read
+    num_texts: int = 0
     #: traceparent and tracestate as they stand in Redis, written by anybody; None: no trace, or nobody asked
     trace: tuple[bytes, bytes] | None = None
 
@@ -63,6 +72,8 @@ class Renewed:
 
     #: claims that are this worker's no longer
     lost: list[Claim]
+    #: those of them whose jobs are canceled
+    canceled: list[Claim]
     #: false if Redis has forgotten the worker: it lost its data, or the worker slept for long
     is_known: bool
 
@@ -90,6 +101,8 @@ class Outcome:
     working_s: float = 0.0
     #: the failure's code
     code: str = ""
+    #: what Redis made of it; empty before, and where the job was another's by then
+    became: Became = ""
 
     @classmethod
     def finished(cls, claim: Claim, result: bytes, working_s: float) -> Outcome:
@@ -154,7 +167,7 @@ class ClaimStore:
         return [begun[place - 1][0] for place in self._begin(keys=[], args=args)]
 
     def publish(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Those after which something is still to be done. One round trip."""
+        """Those after which something is still to be done; each is told what became of it. One round trip."""
         args: list[Any] = [keys.PREFIX, self.worker_name, RESULT_TTL_S, FAILURE_TTL_S]
         streams: list[tuple[str, Sequence[Any]]] = []
         for outcome in outcomes:
@@ -164,7 +177,9 @@ class ClaimStore:
                 payload = b""
             args += (outcome.kind, claim.queue, claim.job_id, claim.execution_id, payload, outcome.working_s)
         replies = self._finish_staged(streams, args) if streams else self._finish(keys=[], args=args)
-        return [outcome for outcome, reply in zip(outcomes, replies, strict=True) if reply == 2]
+        for outcome, reply in zip(outcomes, replies, strict=True):
+            outcome.became = _BECAME[outcome.kind] if reply == _DONE else _became(outcome, reply)
+        return [outcome for outcome, reply in zip(outcomes, replies, strict=True) if reply & _HAS_SEQUEL]
 
     def _entry(self, outcome: Outcome) -> Sequence[Any]:
         """A result stream's entry as finish.lua writes it: name, value, ..."""
@@ -172,11 +187,12 @@ class ClaimStore:
         execution_id = outcome.claim.execution_id
         return "type", kind, "worker_name", self.worker_name, name, outcome.payload, "execution_id", execution_id
 
-    def release(self, claims: Sequence[Claim]) -> int:
-        """Back to the head of their queues, in the given order; how many were still ours."""
+    def release(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Back to the head of their queues, in the given order; those that were still ours."""
         if not claims:
-            return 0
-        return int(self._release(keys=[], args=[keys.PREFIX, self.worker_name, *_flat(claims)]))
+            return []
+        places = self._release(keys=[], args=[keys.PREFIX, self.worker_name, *_flat(claims)])
+        return [claims[place - 1] for place in sorted(places)]
 
     def renew(self, claims: Sequence[Claim], worker_ttl_s: int) -> Renewed:
         """Leases extended from now."""
@@ -184,7 +200,8 @@ class ClaimStore:
             keys=[keys.worker(self.worker_name), keys.worker_executions(self.worker_name)],
             args=[keys.PREFIX, self.worker_name, self.lease_s, worker_ttl_s, *_flat(claims)],
         )
-        return Renewed([claims[place - 1] for place in lost], is_known=bool(is_known))
+        canceled = [claims[-place - 1] for place in lost if place < 0]
+        return Renewed([claims[abs(place) - 1] for place in lost], canceled, is_known=bool(is_known))
 
     def recover(self, queue: str) -> Recovered:
         """Takes back the abandoned jobs of a queue."""
@@ -198,6 +215,12 @@ class ClaimStore:
 
 def _fresh_nonce() -> str:
     return os.urandom(6).hex()
+
+
+def _became(outcome: Outcome, reply: int) -> Became:
+    if reply & _DONE:
+        return "retried" if reply & _AGAIN else _BECAME[outcome.kind]
+    return "canceled" if reply & _CANCELED else ""
 
 
 def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:

@@ -34,6 +34,7 @@ from embedq.producer.errors import (
     ResultTimeoutError,
 )
 from embedq.worker import logs
+from embedq.worker.probe import health
 from embedq.worker.processes import follow_parent, retitle
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 from embedq.worker.startup import leaving_at_once, until_served
@@ -419,7 +420,7 @@ def _name_variables(command: click.Command) -> None:
             _name_variables(inner)
 
 
-for _command in (demo, up, worker, *client.COMMANDS, *fleet_cli.COMMANDS, model_group, bench_group):
+for _command in (demo, health, up, worker, *client.COMMANDS, *fleet_cli.COMMANDS, model_group, bench_group):
     main.add_command(_command)
 _name_variables(main)
 

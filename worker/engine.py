@@ -29,6 +29,7 @@ from embedq.producer.wire import EmbedRequest
 from embedq.worker.batch_log import BatchLog
 from embedq.worker.failures import ENDINGS, job_failure
 from embedq.worker.isolation import Isolation, Watching
+from embedq.worker.observer import Encoded, Observer
 from embedq.worker.planning import ReadyJob, ReadyTexts
 
 #: Bytes that the vectors of one job with token output may have.
@@ -145,6 +146,7 @@ class Engine:
         max_batch_tokens: int | None = None,
         worker_name: str = "",
         watching: Watching = nullcontext,
+        observer: Observer | None = None,
     ) -> None:
         self.encoder = encoder
         # An encoder may have found on its device that less fits than was asked for.
@@ -152,6 +154,7 @@ class Engine:
         self.worker_name = worker_name
         self.log = BatchLog(self.max_batch_tokens)
         self.isolation = Isolation(encoder, self._encode, self.max_batch_tokens, watching)
+        self._observer = observer or Observer()
         #: options that this encoder can serve
         self._checked: set[EmbedOptions] = set()
 
@@ -271,6 +274,7 @@ class Engine:
         self.isolation.encode(pieces, num_tokens)
         took_s = time.monotonic() - began_at
         counts = Counter([work for work, _ in pieces])
+        self._observer.encoded(Encoded(pieces, counts.keys(), num_tokens, began_at, took_s))
         for work, count in counts.items():
             work.encode_s += took_s
             work.busy_s += took_s * count / len(pieces)

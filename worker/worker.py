@@ -43,6 +43,7 @@ from embedq.worker.foreign_jobs import ForeignJob
 from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.memory import keep_freed_memory, rare_collections
+from embedq.worker.monitor import Monitor, Parts
 from embedq.worker.pipeline import Bounds, Pipeline
 from embedq.worker.planning import QueueTurns
 from embedq.worker.promotion import Promoter
@@ -78,6 +79,7 @@ class EmbedWorker(SimpleWorker):
 
     # Made by `work`: a worker that `Worker.all()` only looks at has none of them.
     settings: WorkerSettings
+    monitor: Monitor
     departure: Departure
     engine: Engine
     budget: ClaimBudget
@@ -138,6 +140,9 @@ class EmbedWorker(SimpleWorker):
                 self._start_scheduler(burst, logging_level, date_format, log_format)
                 on_exit.callback(self._stop_scheduler)
             on_exit.enter_context(leaving_at_once())
+            self.monitor = Monitor(self.settings, self.name, self.queue_names(), self.connection)
+            on_exit.callback(self.monitor.close)
+            self.monitor.start()
             self._prepare()
             on_exit.callback(self.waiter.close)
             self.callbacks.start()
@@ -149,6 +154,7 @@ class EmbedWorker(SimpleWorker):
             self._register(logging_level, date_format, log_format)
             self.leases.start()
             self.chores.start()
+            self.monitor.health.begin()
             on_exit.enter_context(rare_collections())
             on_exit.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -156,11 +162,13 @@ class EmbedWorker(SimpleWorker):
 
     def _prepare(self) -> None:
         keep_freed_memory()
-        settings = self.settings
+        settings, observer = self.settings, self.monitor.observer
         self.departure = Departure(settings.grace_s, self._end_orderly, self._say_last_words)
         self.callbacks = CallbackThread(settings.allow_callbacks)
         self.watchdog = Watchdog(settings.encode_timeout_s, self._end_hanging)
-        self.engine = Engine(load_encoder(settings), settings.max_batch_tokens, self.name, self.watchdog.watching)
+        self.engine = Engine(
+            load_encoder(settings), settings.max_batch_tokens, self.name, self.watchdog.watching, observer
+        )
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
         encoder = self.engine.encoder
         self.spans = open_spans(settings.tracing, Identity(self.name, encoder.name, encoder.placement))
@@ -174,9 +182,10 @@ class EmbedWorker(SimpleWorker):
             self.worker_ttl + 60,
             on_abandoned=lambda queue, ids: self.chores.submit(lambda: self.sequels.follow_all(queue, ids)),
             on_forgotten=self._register_again,
-            on_tick=self.watchdog.tick,
+            on_tick=self._tick_leases,
+            observer=observer,
         )
-        interruptions = Interruptions(self.connection, self.name, self.leases, self.sequels)
+        interruptions = Interruptions(self.connection, self.name, self.leases, self.sequels, observer)
         self.commands = CommandHandler(
             on_shutdown=lambda: os.kill(os.getpid(), signal.SIGINT),
             on_stop=interruptions.stop,
@@ -187,10 +196,19 @@ class EmbedWorker(SimpleWorker):
         # Where the queues take turns, none is more urgent than another.
         ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
         self.stages = WorkerStages(
-            self.engine, self.store, self.leases, self.budget, ranked, self.sequels, self.watchdog, self.spans
+            self.engine,
+            self.store,
+            self.leases,
+            self.budget,
+            ranked,
+            self.sequels,
+            self.watchdog,
+            self.spans,
+            observer,
         )
         self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self._end_claiming)
-        self.quarantine = Quarantine(self.stages, self.store, self.engine.max_batch_tokens)
+        self.quarantine = Quarantine(self.stages, self.store, self.engine.max_batch_tokens, self.pipeline.device_time)
+        self.monitor.attach(Parts(self.engine, self.pipeline, self.leases, self.chores, self.budget))
 
     def _bounds(self) -> Bounds:
         settings = self.settings
@@ -251,6 +269,7 @@ class EmbedWorker(SimpleWorker):
 
     def _leave(self) -> None:
         """Gives back what is claimed and unregisters. A Redis that is gone does not hide why the worker ends."""
+        self.monitor.health.end()
         try:
             self._release_held()
             self.leases.stop()
@@ -324,6 +343,7 @@ class EmbedWorker(SimpleWorker):
                     raise
                 fields = {"event": "redis_unavailable", "error": type(err).__name__}
                 logger.warning("Redis cannot serve (%s); trying again in %.1f s", err, reconnect_s, extra=fields)
+                self.monitor.observer.kept_waiting()
                 self.waiter.forget()
                 self._sleep(reconnect_s)
                 reconnect_s = min(2 * reconnect_s, RECONNECT_LONGEST_S)
@@ -343,6 +363,7 @@ class EmbedWorker(SimpleWorker):
         self.spans.claimed(found.claims)
         if found.claims:
             self._state = WorkerStatus.BUSY.value  # as claim.lua told Redis
+            self.monitor.observer.claimed(found.claims)
             first = [claim for claim in found.claims if not claim.attempts]
             if first:
                 self.pipeline.put(first, self.budget.tokens(sum([len(claim.data) for claim in first])))
@@ -395,9 +416,10 @@ class EmbedWorker(SimpleWorker):
             released = self.store.release(held)
             logger.info(
                 "%d claimed jobs given back to the head of their queues",
-                released,
-                extra={"event": "released", "jobs": released},
+                len(released),
+                extra={"event": "released", "jobs": len(released)},
             )
+            self.monitor.observer.released(released)
         except redis.RedisError as err:
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
         self.spans.left(held, "released")
@@ -406,8 +428,14 @@ class EmbedWorker(SimpleWorker):
     def _tick(self) -> None:
         """Each second, on the thread of the chores."""
         self.engine.log.tick()
+        self.monitor.tell()
         self.promoter.round()
         self.sequels.take_up()
+
+    def _tick_leases(self) -> None:
+        """Each second, on the thread of the leases."""
+        self.watchdog.tick()
+        self.monitor.tick()
 
     # --- being idle, being an RQ worker
 
@@ -453,6 +481,7 @@ class EmbedWorker(SimpleWorker):
             "embedq_revision": encoder.revision,
             "embedq_device": encoder.placement,
             "embedq_max_batch_tokens": self.engine.max_batch_tokens,
+            **self.monitor.fields(),
         }
 
     def _register_again(self) -> None:
@@ -492,6 +521,7 @@ class EmbedWorker(SimpleWorker):
     def _end_claiming(self) -> None:
         """Whatever the claiming thread waits for, and as soon as it can."""
         self._stop_requested = True
+        self.monitor.health.end()
         self.waiter.wake()
 
     def _end_orderly(self) -> None:
