@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -183,8 +184,11 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         listening = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+    except socket.gaierror as err:
+        raise ConfigurationError(f"cannot listen on {host}: {err.strerror}") from err
     except (OSError, OverflowError, UnicodeError) as err:
-        reason = err.strerror if isinstance(err, OSError) else str(err)
+        # Python's own text names the address once more.
+        reason = os.strerror(err.errno) if isinstance(err, OSError) and err.errno else str(err)
         raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}; choose another") from err
     listening.setblocking(False)
     return listening

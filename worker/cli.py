@@ -266,6 +266,7 @@ def worker(
     with leaving_at_once():
         from rq.worker import DequeueStrategy
 
+        from embedq.worker.monitor import Monitor
         from embedq.worker.worker import EmbedWorker
 
         checked = WorkerSettings(**settings)
@@ -277,9 +278,9 @@ def worker(
 
         def make() -> EmbedWorker:
             connection.ping()
-            return EmbedWorker(names, name=name, connection=connection, settings=checked)
+            return EmbedWorker(names, name=name, connection=connection, settings=checked, monitor=monitor)
 
-        with translated_errors(connection):
+        with translated_errors(connection), Monitor(checked, name, names, connection) as monitor:
             # Before the model is loaded.
             made = until_served(connection, make, checked.startup_timeout_s)
             made.work(burst=burst, max_jobs=max_jobs, dequeue_strategy=DequeueStrategy(dequeue_strategy))

@@ -48,7 +48,7 @@ class Parts(NamedTuple):
 
 
 class Monitor:
-    """One worker's. Attributes: observer (to be told of the work), health."""
+    """One worker's, within a `with` block. Attributes: observer (to be told of the work), health."""
 
     def __init__(self, settings: WorkerSettings, name: str, queues: Sequence[str], client: redis.Redis) -> None:
         """Raises ConfigurationError where the port is taken, or prometheus_client is not installed."""
@@ -70,8 +70,8 @@ class Monitor:
             self._endpoints = HttpEndpoints(settings.metrics_host, settings.metrics_port, self._pages())
             self.health.last_contact = lambda: self._traffic.last_contact
 
-    def start(self) -> None:
-        """Before anything is asked of Redis."""
+    def __enter__(self) -> Monitor:
+        """Before anything is asked of Redis, which may take long to come."""
         if self._endpoints is not None:
             self._traffic.watch(self._client)
             self._endpoints.start()
@@ -79,8 +79,9 @@ class Monitor:
                 "probes and metrics: http://%s:%d/livez, /readyz and /metrics",
                 *(_in_url(self._endpoints.host), self._endpoints.port),
             )
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._endpoints is not None:
             self._endpoints.close()
 
