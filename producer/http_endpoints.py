@@ -59,10 +59,11 @@ class HttpEndpoints:
     for).
     """
 
-    def __init__(self, host: str, port: int, pages: Mapping[str, Page]) -> None:
-        """Takes the port. Raises ConfigurationError if that cannot be had."""
+    def __init__(self, host: str, port: int, pages: Mapping[str, Page], listening: socket.socket | None = None) -> None:
+        """Takes the port, or a socket that listens already. Raises ConfigurationError if the port cannot be had."""
         self._pages = dict(pages)
-        self._socket = _listen(host, port)
+        self._socket = listening or _listen(host, port)
+        self._socket.setblocking(False)
         self.host, self.port = host, int(self._socket.getsockname()[1])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="embedq-http", daemon=True)
@@ -190,8 +191,19 @@ def _listen(host: str, port: int) -> socket.socket:
         # Python's own text names the address once more.
         reason = os.strerror(err.errno) if isinstance(err, OSError) and err.errno else str(err)
         raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}; choose another") from err
-    listening.setblocking(False)
     return listening
+
+
+def inherited(descriptor: int) -> socket.socket:
+    """A socket that another process has made to listen. Raises ConfigurationError where it is none."""
+    try:
+        found = socket.socket(fileno=descriptor)
+    except OSError as err:
+        raise ConfigurationError(f"file descriptor {descriptor} is no socket") from err
+    if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        found.detach()
+        raise ConfigurationError(f"file descriptor {descriptor} is no socket that listens")
+    return found
 
 
 def _read(head: bytes) -> _Request | None:

@@ -7,7 +7,6 @@ its job's alone.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import JobFailedError
 from embedq.producer.options import EmbedOptions
 from embedq.producer.wire import EmbedRequest
+from embedq.worker.batch_log import BatchLog
 from embedq.worker.failures import ENDINGS, job_failure
 from embedq.worker.isolation import Isolation, Watching
 from embedq.worker.observer import Encoded, Observer
@@ -41,8 +41,6 @@ MAX_CHECKED_OPTIONS = 256
 
 #: Texts with one vector and texts with one a token never share a micro-batch.
 _KINDS = {"sentence": 0, "tokens": 1}
-
-logger = logging.getLogger("embedq.worker")
 
 
 @dataclass(slots=True, eq=False)
@@ -154,6 +152,7 @@ class Engine:
         # An encoder may have found on its device that less fits than was asked for.
         self.max_batch_tokens = min(max_batch_tokens or encoder.max_batch_tokens, encoder.max_batch_tokens)
         self.worker_name = worker_name
+        self.log = BatchLog(self.max_batch_tokens)
         self.isolation = Isolation(encoder, self._encode, self.max_batch_tokens, watching)
         self._observer = observer or Observer()
         #: options that this encoder can serve
@@ -281,10 +280,7 @@ class Engine:
             work.busy_s += took_s * count / len(pieces)
             work.batch_texts = max(work.batch_texts, len(pieces))
             work.batch_tokens = max(work.batch_tokens, num_tokens)
-        logger.info(
-            "micro-batch: %d texts of %d jobs, %d tokens, %.0f ms",
-            *(len(pieces), len(counts), num_tokens, took_s * 1000),
-        )
+        self.log.add(len(pieces), len(counts), num_tokens, took_s)
         return [work for work in counts if work.is_done]
 
     def finish_all(self, works: Sequence[Work]) -> list[Finished]:

@@ -46,10 +46,12 @@ class Interruptions:
         """Ends the job as stopped, if it is in hand."""
         claims = self._in_hand(job_id, execution_id)
         if not claims:
-            logger.warning("told to stop job %.100r, which is not in hand", job_id)
+            logger.warning("told to stop a job that is not in hand")
+            logger.debug("job %.100r is not in hand", job_id, extra={"job": job_id[:100]})
         for claim in claims:
             if self._stop_claim(claim):
-                logger.warning("job %s is stopped on request", job_id)
+                logger.warning("a job is stopped on request")
+                logger.debug("job %s is stopped on request", job_id, extra={"job": job_id})
                 self._observer.stopped(claim, STOPPED)
                 self._sequels.follow_all(claim.queue, [job_id])
             self._leases.lose([claim])

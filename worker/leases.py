@@ -149,7 +149,7 @@ class LeaseKeeper:
             ]
             self._lost.update(claim.execution_id for claim in newly_lost)
         for claim in newly_lost:
-            logger.debug("job %s is not this worker's any more", claim.job_id)
+            logger.debug("job %s is not this worker's any more", claim.job_id, extra={"job": claim.job_id})
         return newly_lost
 
     def recover(self) -> None:
@@ -167,6 +167,7 @@ class LeaseKeeper:
             logger.warning(
                 "queue %s: the leases of dead workers ran out; %d jobs are tried again, %d failed",
                 *(queue, recovered.retried, recovered.failed),
+                extra={"event": "recovered_jobs", "queue": queue, "jobs": recovered.retried + recovered.failed},
             )
         if recovered.with_sequel:
             self._on_abandoned(queue, recovered.with_sequel)

@@ -6,6 +6,7 @@ Joins the parts of a worker with those that count (`figures`, `metrics`), judge 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import time
@@ -16,7 +17,7 @@ import redis
 
 from embedq.producer import keys, scripts, wire
 from embedq.producer.errors import ConfigurationError
-from embedq.producer.http_endpoints import Answer, HttpEndpoints, Page
+from embedq.producer.http_endpoints import Answer, HttpEndpoints, Page, inherited
 from embedq.worker.chores import Chores
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
@@ -51,7 +52,9 @@ class Monitor:
     """One worker's, within a `with` block. Attributes: observer (to be told of the work), health."""
 
     def __init__(self, settings: WorkerSettings, name: str, queues: Sequence[str], client: redis.Redis) -> None:
-        """Raises ConfigurationError where the port is taken, or prometheus_client is not installed."""
+        """Raises ConfigurationError where the port is taken, or prometheus_client is not installed. A worker that was
+        given a socket instead of a port serves its probes without it.
+        """
         self._client = client
         self._worker_key = keys.worker(name)
         self._write = scripts.load(client, __package__, "figures")
@@ -64,10 +67,12 @@ class Monitor:
         self._metrics: Metrics | None = None
         self._endpoints: HttpEndpoints | None = None
         self.observer: Observer = self._figures
-        if settings.metrics_port is not None:
-            self._metrics = _make_metrics(queues, self, name)
-            self.observer = Observers(self._figures, self._metrics, self.health)
-            self._endpoints = HttpEndpoints(settings.metrics_host, settings.metrics_port, self._pages())
+        port, descriptor = settings.metrics_port, settings.metrics_fd
+        if port is not None or descriptor is not None:
+            listening = None if descriptor is None else inherited(descriptor)
+            self._metrics = _make_metrics(queues, self, name, is_needed=port is not None)
+            self.observer = Observers(self._figures, self.health, *([self._metrics] if self._metrics else []))
+            self._endpoints = HttpEndpoints(settings.metrics_host, port or 0, self._pages(), listening)
             self.health.last_contact = lambda: self._traffic.last_contact
 
     def __enter__(self) -> Monitor:
@@ -190,23 +195,27 @@ class Monitor:
     # --- pages
 
     def _pages(self) -> dict[str, Page]:
-        return {
+        pages = {
             "/livez": Page(lambda _: _judged(self.health.why_not_live())),
             "/readyz": Page(lambda _: _judged(self.health.why_not_ready())),
-            # A GPU that hangs may not even say how much memory it has.
-            "/metrics": Page(self._expose, is_slow=True),
         }
+        if self._metrics is not None:
+            # A GPU that hangs may not even say how much memory it has.
+            pages["/metrics"] = Page(functools.partial(_expose, self._metrics), is_slow=True)
+        return pages
 
-    def _expose(self, accept: str) -> Answer:
-        assert self._metrics is not None  # it has pages only then
-        body, content_type = self._metrics.exposed(accept)
-        return Answer(200, body, content_type)
+
+def _expose(metrics: Metrics, accept: str) -> Answer:
+    body, content_type = metrics.exposed(accept)
+    return Answer(200, body, content_type)
 
 
-def _make_metrics(queues: Sequence[str], monitor: Monitor, name: str) -> Metrics:
+def _make_metrics(queues: Sequence[str], monitor: Monitor, name: str, *, is_needed: bool) -> Metrics | None:
     try:
         from embedq.worker.metrics import Metrics
     except ModuleNotFoundError as err:
+        if not is_needed:
+            return None
         raise ConfigurationError(
             f"{err.name} is not installed, which --metrics-port needs: pip install 'embedq[metrics]'"
         ) from err

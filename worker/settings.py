@@ -27,6 +27,8 @@ class WorkerSettings:
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    #: threads of the CPU's kernels and of the tokenizer; None: one a core, within the control group's limit
+    threads: int | None = None
     #: how attention is computed, and by whose kernels
     attention: str = "auto"
     kernels: str = "auto"
@@ -59,6 +61,8 @@ class WorkerSettings:
     log_format: LogFormat = "text"
     #: port of /livez, /readyz and /metrics; 0: a free one; None: none of them
     metrics_port: int | None = None
+    #: file descriptor of a socket that listens, instead of a port of our own
+    metrics_fd: int | None = None
     #: address on which they are served
     metrics_host: str = "127.0.0.1"
     #: seconds without progress on jobs in hand after which /livez turns red
@@ -69,6 +73,8 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigurationError("the model's name is empty")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise ConfigurationError(f"threads must be 1 to 1024, not {self.threads}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise ConfigurationError(f"max_batch_tokens must be 1 or more, not {self.max_batch_tokens}")
         if self.max_claim_jobs < 1:
@@ -136,7 +142,8 @@ def _read_names(text: str) -> tuple[str, ...]:
 
 
 _NUMBERS: dict[str, Any] = {
-    **dict.fromkeys(("max_batch_tokens", "max_claim_jobs", "prefetch_batches", "metrics_port"), int),
+    **dict.fromkeys(("threads", "max_batch_tokens", "max_claim_jobs", "prefetch_batches"), int),
+    **dict.fromkeys(("metrics_port", "metrics_fd"), int),
     **dict.fromkeys(("lease_s", "grace_s", "startup_timeout_s", "encode_timeout_s"), float),
     **dict.fromkeys(("linger_ms", "max_latency_ms", "liveness_timeout_s"), float),
 }

@@ -225,7 +225,8 @@ class WorkerStages:
             except redis.RedisError as err:
                 if not is_passing(err) and not is_wrong_type(err):
                     raise
-                logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s)
+                fields = {"event": "redis_unavailable", "error": type(err).__name__}
+                logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s, extra=fields)
                 self._observer.kept_waiting()
                 time.sleep(retry_s)
                 retry_s = min(2 * retry_s, RETRY_LONGEST_S)
@@ -233,15 +234,18 @@ class WorkerStages:
     def _tell_failures(self, failed: Sequence[Outcome]) -> None:
         """One line however many fail at once; which ones they are is for debugging."""
         for code, number in Counter([outcome.code for outcome in failed]).items():
-            logger.warning("failed jobs: %d, code %s", number, code)
+            fields = {"event": "failed_jobs", "jobs": number, "code": code}
+            logger.warning("failed jobs: %d, code %s", number, code, extra=fields)
         for outcome in failed:
-            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
+            fields = {"event": "failed_job", "job": outcome.claim.job_id, "code": outcome.code}
+            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code, extra=fields)
 
     def _tell_parked(self, parked: Sequence[Outcome]) -> None:
         if parked:
             logger.warning(
                 "%d jobs are of a later wire version than %d, up to which this worker reads: left for a newer one",
                 *(len(parked), wire.VERSION),
+                extra={"event": "parked_jobs", "jobs": len(parked)},
             )
 
 

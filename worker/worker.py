@@ -21,7 +21,6 @@ import redis
 from rq import worker_registration
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.exceptions import StopRequested
-from rq.logutils import setup_loghandlers
 from rq.rate_limit import RateLimitRegistry
 from rq.registry import ReadyJobRegistry
 from rq.utils import now
@@ -31,11 +30,12 @@ from embedq.producer import keys
 from embedq.producer.connection import SOCKET_TIMEOUT_S, is_passing, is_wrong_type
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.serializer import EmbedSerializer
+from embedq.worker import logs
 from embedq.worker.callbacks import CallbackThread
 from embedq.worker.chores import Chores
 from embedq.worker.claims import Claimed, ClaimStore, Outcome
 from embedq.worker.commands import CommandHandler, survive
-from embedq.worker.departure import EXIT_HANGS, LAST_WORDS_S, Departure
+from embedq.worker.departure import LAST_WORDS_S, Departure
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
@@ -52,6 +52,7 @@ from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.stages import AtWork, WorkerStages, blamed
 from embedq.worker.startup import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, leaving_at_once, until_served
+from embedq.worker.statuses import EXIT_HANGS
 from embedq.worker.tracing import Identity, Spans, open_spans
 from embedq.worker.waiting import QueueWaiter
 from embedq.worker.watchdog import Watchdog
@@ -154,9 +155,8 @@ class EmbedWorker(SimpleWorker):
             self._prepare()
             on_exit.callback(self.waiter.close)
             self.callbacks.start()
-            if not logging.getLogger("embedq").hasHandlers():
-                # `rq worker` sets up RQ's loggers alone.
-                setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
+            # `rq worker` sets up RQ's loggers alone.
+            logs.configure_own(self.settings.log_format, logging_level or logging.INFO, self.name)
             # Before anybody can see this worker and send it a signal.
             on_exit.enter_context(self._own_signals())
             on_exit.callback(self._leave)
@@ -255,6 +255,12 @@ class EmbedWorker(SimpleWorker):
             "worker %s serves %s on %s: queues %s, up to %d tokens a micro-batch, leases of %g s",
             *(self.name, encoder.name, encoder.placement, ", ".join(self.queue_names())),
             *(self.engine.max_batch_tokens, self.settings.lease_s),
+            extra={
+                "event": "serving",
+                "model": encoder.name,
+                "device": encoder.placement,
+                "queues": self.queue_names(),
+            },
         )
 
     def register_birth(self) -> None:
@@ -307,7 +313,8 @@ class EmbedWorker(SimpleWorker):
         self.pipeline.stop()
         self.pipeline.check()
         done = self._count_done()
-        logger.info("worker %s: %d jobs done, stopping", self.name, done)
+        self.engine.log.tell()
+        logger.info("worker %s: %d jobs done, stopping", self.name, done, extra={"event": "stopping", "jobs": done})
         self._tell_times(before_s)
         return done
 
@@ -343,7 +350,8 @@ class EmbedWorker(SimpleWorker):
             except redis.RedisError as err:
                 if not is_passing(err) and not is_wrong_type(err):
                     raise
-                logger.warning("Redis cannot serve (%s); trying again in %.1f s", err, reconnect_s)
+                fields = {"event": "redis_unavailable", "error": type(err).__name__}
+                logger.warning("Redis cannot serve (%s); trying again in %.1f s", err, reconnect_s, extra=fields)
                 self.monitor.observer.kept_waiting()
                 self.waiter.forget()
                 self._sleep(reconnect_s)
@@ -415,7 +423,11 @@ class EmbedWorker(SimpleWorker):
             return
         try:
             released = self.store.release(held)
-            logger.info("%d claimed jobs given back to the head of their queues", len(released))
+            logger.info(
+                "%d claimed jobs given back to the head of their queues",
+                len(released),
+                extra={"event": "released", "jobs": len(released)},
+            )
             self.monitor.observer.released(released)
         except redis.RedisError as err:
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
@@ -425,6 +437,7 @@ class EmbedWorker(SimpleWorker):
     def _tick(self) -> None:
         """Each second, on the thread of the chores."""
         self.monitor.tell()
+        self.engine.log.tick()
         self.promoter.round()
         self.sequels.take_up()
 

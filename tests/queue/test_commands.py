@@ -405,4 +405,4 @@ def test_a_worker_works_on_after_nonsense_on_its_channel(
     assert status == 0, output
     assert "could not be carried out: UnicodeDecodeError" in output
     assert "told to kill its horse: this worker has none" in output
-    assert "told to stop job 'unheard-of', which is not in hand" in output
+    assert "told to stop a job that is not in hand" in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from embedq.producer.connection import connect
 from embedq.producer.http_endpoints import Answer, HttpEndpoints, Page
 from embedq.worker import WorkerSettings
 from embedq.worker.health import MAX_STEP_S, Health
-from embedq.worker.probe import health as health_command
+from embedq.worker.health_command import health as health_command
 from embedq.worker.redis_server import RedisServer
 from tests.conftest import until
 from tests.queue.test_worker import Start, start
@@ -386,3 +387,30 @@ def test_the_other_commands_are_where_they_were() -> None:
     assert shown.returncode == 0
     assert "health" in shown.stdout
     assert "worker" in shown.stdout
+
+
+# --- a socket that the supervisor has made
+
+
+def test_a_worker_serves_on_a_socket_that_it_is_given(url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with watched(url, metrics_port=None, metrics_fd=os.dup(listening.fileno())) as worker:
+            assert worker.worker.monitor.port == port
+            assert worker.value("embedq_ready") == 1
+
+
+def test_probes_on_a_given_socket_need_no_library(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "embedq.worker.metrics", None)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        given = os.dup(listening.fileno())
+    with watched(url, metrics_port=None, metrics_fd=given) as worker:
+        assert worker.ask("/livez") == (200, "ok\n")
+        assert worker.ask("/metrics")[0] == 404
+
+
+def test_a_descriptor_that_is_no_socket_which_listens_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file, pytest.raises(ConfigurationError, match=r"is no socket$"):
+        endpoints.inherited(file.fileno())
+    with socket.socket() as idle, pytest.raises(ConfigurationError, match="is no socket that listens"):
+        endpoints.inherited(idle.fileno())
