@@ -9,7 +9,7 @@ for name in worker producer observer admin replica sentinel grafana; do
     file=secrets/$name-password
     if [ ! -e "$file" ]; then
         head -c 24 /dev/urandom | base64 | tr '+/' '-_' >"$file.new"
-        chmod 444 "$file.new"
+        chmod 644 "$file.new"
         mv "$file.new" "$file"
         echo "made docker/$file"
     fi

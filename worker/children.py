@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from embedq.worker import processes
+from embedq.worker.child_probe import LOOPBACK, ChildHealth, Probe
 from embedq.worker.cores import Share, thread_variables
 from embedq.worker.invocation import EMBEDQ, worker_command, worker_environment
-from embedq.worker.probe import LOOPBACK, Health, Probe
 from embedq.worker.relay import LineRelay, labelled
 from embedq.worker.settings import WorkerSettings
 
@@ -49,9 +49,7 @@ class ChildProcess:
         self.name = f"{plan.base_name}.{index}.{secrets.token_hex(2)}"
         with socket.create_server((LOOPBACK, 0), backlog=_BACKLOG) as listening, _confined_to(share.cpus):
             self.port = int(listening.getsockname()[1])
-            settings = replace(
-                plan.settings, device=device, threads=share.threads, metrics_port=None, metrics_fd=listening.fileno()
-            )
+            settings = replace(plan.settings, device=device, threads=share.threads, metrics_fd=listening.fileno())
             own = ["--name", self.name, "--child-of", str(os.getpid())]
             self._process = processes.spawn(
                 worker_command(plan.queues, settings, [*plan.arguments, *own], plan.program),
@@ -72,7 +70,7 @@ class ChildProcess:
     def send(self, number: int) -> None:
         self._process.send_signal(number)
 
-    def health(self) -> Health:
+    def health(self) -> ChildHealth:
         return self._probe.latest
 
     def last_words(self) -> str:

@@ -34,7 +34,7 @@ from embedq.producer.errors import (
     ResultTimeoutError,
 )
 from embedq.worker import logs
-from embedq.worker.health_command import health
+from embedq.worker.probe import health
 from embedq.worker.processes import follow_parent, retitle
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 from embedq.worker.startup import leaving_at_once, until_served

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from embedq.producer.http_endpoints import Answer, Page
+from embedq.worker.child_probe import Fetched, fetch
 from embedq.worker.merging import EOF, merge_metrics
-from embedq.worker.probe import Fetched, fetch
 from embedq.worker.slots import SlotState
 from embedq.worker.supervisor import Supervisor
 

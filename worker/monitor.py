@@ -52,8 +52,8 @@ class Monitor:
     """One worker's, within a `with` block. Attributes: observer (to be told of the work), health."""
 
     def __init__(self, settings: WorkerSettings, name: str, queues: Sequence[str], client: redis.Redis) -> None:
-        """Raises ConfigurationError where the port is taken, or prometheus_client is not installed. A worker that was
-        given a socket instead of a port serves its probes without it.
+        """Raises ConfigurationError where the port is taken, or prometheus_client is not installed. A worker that
+        has a supervisor's socket and no port serves its probes without metrics.
         """
         self._client = client
         self._worker_key = keys.worker(name)
@@ -67,12 +67,13 @@ class Monitor:
         self._metrics: Metrics | None = None
         self._endpoints: HttpEndpoints | None = None
         self.observer: Observer = self._figures
-        port, descriptor = settings.metrics_port, settings.metrics_fd
-        if port is not None or descriptor is not None:
-            listening = None if descriptor is None else inherited(descriptor)
-            self._metrics = _make_metrics(queues, self, name, is_needed=port is not None)
-            self.observer = Observers(self._figures, self.health, *([self._metrics] if self._metrics else []))
-            self._endpoints = HttpEndpoints(settings.metrics_host, port or 0, self._pages(), listening)
+        if settings.metrics_port is not None:
+            self._metrics = _make_metrics(queues, self, name)
+            self.observer = Observers(self._figures, self._metrics, self.health)
+        elif settings.metrics_fd is not None:
+            self.observer = Observers(self._figures, self.health)
+        if settings.metrics_port is not None or settings.metrics_fd is not None:
+            self._endpoints = _endpoints(settings, self._pages())
             self.health.last_contact = lambda: self._traffic.last_contact
 
     def __enter__(self) -> Monitor:
@@ -210,12 +211,16 @@ def _expose(metrics: Metrics, accept: str) -> Answer:
     return Answer(200, body, content_type)
 
 
-def _make_metrics(queues: Sequence[str], monitor: Monitor, name: str, *, is_needed: bool) -> Metrics | None:
+def _endpoints(settings: WorkerSettings, pages: Mapping[str, Page]) -> HttpEndpoints:
+    """On a supervisor's socket, or on a port of our own."""
+    listening = None if settings.metrics_fd is None else inherited(settings.metrics_fd)
+    return HttpEndpoints(settings.metrics_host, settings.metrics_port or 0, pages, listening)
+
+
+def _make_metrics(queues: Sequence[str], monitor: Monitor, name: str) -> Metrics:
     try:
         from embedq.worker.metrics import Metrics
     except ModuleNotFoundError as err:
-        if not is_needed:
-            return None
         raise ConfigurationError(
             f"{err.name} is not installed, which --metrics-port needs: pip install 'embedq[metrics]'"
         ) from err

@@ -61,7 +61,8 @@ class WorkerSettings:
     log_format: LogFormat = "text"
     #: port of /livez, /readyz and /metrics; 0: a free one; None: none of them
     metrics_port: int | None = None
-    #: file descriptor of a socket that listens, instead of a port of our own
+    #: file descriptor of a socket that a supervisor listens on for this worker: for its probes, and with a metrics_port
+    #: for its metrics too, instead of that port
     metrics_fd: int | None = None
     #: address on which they are served
     metrics_host: str = "127.0.0.1"

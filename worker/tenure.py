@@ -8,8 +8,8 @@ from __future__ import annotations
 import signal
 from typing import Protocol
 
+from embedq.worker.child_probe import ChildHealth
 from embedq.worker.departure import LAST_WORDS_S, SAME_SIGNAL_S
-from embedq.worker.probe import Health
 from embedq.worker.watchdog import MAX_STEP_S
 
 #: Seconds for which a process may say that its work does not move: longer than one answer may mislead.
@@ -42,7 +42,7 @@ class Process(Protocol):
         ...
 
     def send(self, number: int) -> None: ...
-    def health(self) -> Health: ...
+    def health(self) -> ChildHealth: ...
     def last_words(self) -> str:
         """The last line it wrote. After its end."""
         ...

@@ -436,8 +436,8 @@ class EmbedWorker(SimpleWorker):
 
     def _tick(self) -> None:
         """Each second, on the thread of the chores."""
-        self.monitor.tell()
         self.engine.log.tick()
+        self.monitor.tell()
         self.promoter.round()
         self.sequels.take_up()
 

@@ -21,7 +21,7 @@ from embedq.producer.connection import connect
 from embedq.producer.http_endpoints import Answer, HttpEndpoints, Page
 from embedq.worker import WorkerSettings
 from embedq.worker.health import MAX_STEP_S, Health
-from embedq.worker.health_command import health as health_command
+from embedq.worker.probe import health as health_command
 from embedq.worker.redis_server import RedisServer
 from tests.conftest import until
 from tests.queue.test_worker import Start, start
@@ -394,10 +394,10 @@ def test_the_other_commands_are_where_they_were() -> None:
 
 def test_a_worker_serves_on_a_socket_that_it_is_given(url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-        with watched(url, metrics_port=None, metrics_fd=os.dup(listening.fileno())) as worker:
-            assert worker.worker.monitor.port == port
-            assert worker.value("embedq_ready") == 1
+        port, given = listening.getsockname()[1], os.dup(listening.fileno())
+    with watched(url, metrics_port=1, metrics_fd=given) as worker:
+        assert worker.worker.monitor.port == port
+        assert worker.value("embedq_ready") == 1
 
 
 def test_probes_on_a_given_socket_need_no_library(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,13 @@ import pytest
 
 from embedq.worker import supervisor as supervisor_module
 from embedq.worker.backoff import CRASH_LOOP_ENDS, CRASH_LOOP_S, FIRST_S, HEALTHY_S, LONGEST_S, Backoff
-from embedq.worker.probe import NO_ANSWER, Health
+from embedq.worker.child_probe import NO_ANSWER, ChildHealth
 from embedq.worker.slots import Ending, Slot, SlotRules, SlotState
 from embedq.worker.supervisor import Supervisor
 from embedq.worker.tenure import EXTRA_GRACE_S, KILL_HUNG_S, SECOND_SIGNAL_S, STARTING_SILENT_S
 
-READY = Health(True, True, "ready")
-STARTING = Health(True, False, "starting")
+READY = ChildHealth(True, True, "ready")
+STARTING = ChildHealth(True, False, "starting")
 GRACE_S, HANG_S = 25.0, 30.0
 
 
@@ -29,7 +29,7 @@ class FakeProcess:
     status: int | None = None
     words: str = ""
     signals: list[int] = field(default_factory=list)
-    latest: Health = NO_ANSWER
+    latest: ChildHealth = NO_ANSWER
     is_closed: bool = False
 
     @property
@@ -48,7 +48,7 @@ class FakeProcess:
         elif self.obeys:
             self.status = 0 if self.latest.is_ready else 128 + number
 
-    def health(self) -> Health:
+    def health(self) -> ChildHealth:
         return self.latest
 
     def last_words(self) -> str:
@@ -102,7 +102,7 @@ class World:
             self.now = min(end, self.now + step_s)
             self.supervisor.tick(self.now)
 
-    def say(self, health: Health, *indexes: int) -> None:
+    def say(self, health: ChildHealth, *indexes: int) -> None:
         for index in indexes or range(len(self.launched)):
             self.process(index).latest = health
         self.pass_s(0.3, step_s=0.1)
@@ -258,7 +258,7 @@ def test_a_process_that_says_it_is_stuck_gets_two_signals_and_is_killed_and_repl
     world.say(READY)
     stuck = world.process()
     stuck.obeys = False
-    stuck.latest = Health(False, False, "jobs in hand have not moved for 181 s")
+    stuck.latest = ChildHealth(False, False, "jobs in hand have not moved for 181 s")
     world.pass_s(2)
     assert stuck.signals == []
     world.pass_s(2)
@@ -276,7 +276,7 @@ def test_a_process_that_does_not_answer_is_replaced_after_its_time() -> None:
     world = World()
     world.say(READY)
     silent = world.process()
-    silent.latest = Health(None, False, "no answer: timed out")
+    silent.latest = ChildHealth(None, False, "no answer: timed out")
     world.pass_s(HANG_S - 1)
     assert silent.signals == []
     world.pass_s(2)
@@ -287,7 +287,7 @@ def test_an_answer_in_between_begins_the_count_anew() -> None:
     world = World()
     for _ in range(3):
         world.say(READY)
-        world.say(Health(None, False, "no answer: timed out"))
+        world.say(ChildHealth(None, False, "no answer: timed out"))
         world.pass_s(HANG_S - 1)
     assert world.process().signals == []
 
@@ -295,7 +295,7 @@ def test_an_answer_in_between_begins_the_count_anew() -> None:
 def test_time_in_which_the_supervisor_itself_stood_still_does_not_count() -> None:
     world = World()
     world.say(READY)
-    world.process().latest = Health(None, False, "no answer: timed out")
+    world.process().latest = ChildHealth(None, False, "no answer: timed out")
     world.now += 1000
     world.pass_s(1)
     assert world.process().signals == []
