@@ -363,15 +363,16 @@ def _work(
     """In this process."""
     from rq.worker import DequeueStrategy
 
+    from embedq.worker.monitor import Monitor
     from embedq.worker.worker import EmbedWorker
 
     connection = connect(url)
 
     def make() -> EmbedWorker:
         connection.ping()
-        return EmbedWorker(queues, name=name, connection=connection, settings=settings)
+        return EmbedWorker(queues, name=name, connection=connection, settings=settings, monitor=monitor)
 
-    with translated_errors(connection):
+    with translated_errors(connection), Monitor(settings, name, queues, connection) as monitor:
         # Before the model is loaded.
         made = until_served(connection, make, settings.startup_timeout_s)
         made.work(burst=burst, max_jobs=max_jobs, dequeue_strategy=DequeueStrategy(dequeue_strategy))
