@@ -30,7 +30,7 @@ SERVICES = {
 
 @pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)
 def test_a_file_is_as_the_compose_specification_wants_it(path: Path) -> None:
-    jsonschema.validate(compose(path), SCHEMA)
+    jsonschema.Draft7Validator(SCHEMA).validate(compose(path))
 
 
 @pytest.mark.parametrize("service", SERVICES.values(), ids=SERVICES.keys())

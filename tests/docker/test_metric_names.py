@@ -85,17 +85,6 @@ def test_every_alert_is_tried_where_it_must_fire_and_where_it_must_not() -> None
     assert set(fires) == alerts
 
 
-def test_there_is_no_metric_of_a_worker_that_nobody_looks_at() -> None:
-    """Those that only drill-downs need are named here."""
-    looked_at = {name.removesuffix(suffix) for _, name in _asked() for suffix in ("", *_SUFFIXES)}
-    families = {name.removesuffix("_total").removesuffix("_info") for name in KNOWN}
-    assert families - looked_at <= {"embedq_look_seconds", "embedq_supervisor_unanswered_scrapes", *NO_METRICS}
-
-
-#: Strings in the code that only look like names of metrics.
-NO_METRICS = {"embedq_figures", "embedq_error"}
-
-
 def test_the_files_that_are_read_for_names_are_there() -> None:
     assert (Path(__file__).parents[2] / "producer" / "exporter.py").exists()
     assert "embedq_queue_backlog_seconds" in KNOWN
