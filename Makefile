@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ROUNDS ?= 5
+WORKERS ?= 256
 SECONDS ?= 180
 SEED ?=
 VENV := .venv
@@ -10,7 +11,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 DEPENDENCIES := pyproject.toml constraints.txt $(wildcard model/kernels/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint types bench chaos audit clean
+.PHONY: help install run test lint types bench fleet chaos audit clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ types: $(VENV)/.dev build/typing ## mypy --strict
 
 bench: $(VENV)/.dev ## throughput of queue and encoder, side by side with their peers; ROUNDS=5
 	@$(VENV)/bin/python -m tests.bench.run --rounds $(ROUNDS)
+
+fleet: $(VENV)/.dev ## simulate fleets of GPU workers at one Redis: what a fleet needs; WORKERS=256
+	@$(VENV)/bin/python -m tests.bench.fleet_simulation --workers $(WORKERS)
 
 chaos: $(VENV)/.dev ## kill workers and Redis at random and check every job; SECONDS=180 SEED=7 REPORT=file.md
 	@$(VENV)/bin/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(REPORT),--report $(REPORT))

@@ -38,6 +38,9 @@ class Attention(Protocol):
     def prepare(self, lengths: Sequence[int], arrays: Sequence[Tensor]) -> Attend:
         """arrays: `host_arrays` of the same lengths, on the device."""
 
+    def num_cells(self, lengths: Sequence[int]) -> int:
+        """Pairs of query and key that are computed for such a batch, those of padding included."""
+
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
@@ -72,6 +75,9 @@ class GroupedAttention:
             for group in self._groups(lengths)
             for array in (group.gather_rows(heads), group.scatter_rows(heads), ~group.is_token())
         ]
+
+    def num_cells(self, lengths: Sequence[int]) -> int:
+        return sum([group.num_cells for group in self._groups(lengths)])
 
     def _groups(self, lengths: Sequence[int]) -> Iterator[Group]:
         return plan_groups(lengths, self.max_scores // self.position_bias.num_heads)

@@ -89,6 +89,23 @@ class Embedder:
         with device_errors(self.runtime), self.runtime.scope():
             self.runtime.release_cache()
 
+    def device_memory(self) -> dict[str, int]:
+        """Bytes allocated, reserved and in total; empty where the device shares the host's memory."""
+        with self.runtime.scope():
+            memory = self.runtime.memory()
+        if memory is None:
+            return {}
+        return {"allocated": memory.allocated, "reserved": memory.reserved, "total": memory.total}
+
+    def padding_ratio(self, batch: Sequence[TokenizedText]) -> float:
+        """Of the pairs of query and key that attention computes for a batch, the share with padding; 0 to below 1."""
+        lengths = _lengths(batch)
+        if not lengths.size:
+            return 0.0
+        slices = self._cut(np.argsort(-lengths, kind="stable"), lengths)
+        num_cells = sum([self.model.num_attention_cells(lengths[rows].tolist()) for rows in slices])
+        return 1.0 - int((lengths * lengths).sum()) / num_cells
+
     @contextmanager
     def _computing(self) -> Iterator[None]:
         with device_errors(self.runtime), torch.inference_mode(), self.runtime.scope():

@@ -5,7 +5,7 @@ Knows no model, no device and no queue. `SentenceEncoder` (MPNet) and `NoopEncod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -123,6 +123,14 @@ class Encoder(Protocol):
 
     def release_memory(self) -> None:
         """Gives back what is held without being used, once an attempt for which memory ran out is over."""
+
+    def device_memory(self) -> Mapping[str, int]:
+        """Bytes `allocated` by tensors, `reserved` by this process and in `total`, of a device with memory of its own;
+        else empty. For any thread.
+        """
+
+    def padding_ratio(self, batch: Sequence[TokenizedText]) -> float:
+        """Of what attention computes for such a batch, the share that is padding: 0 to below 1."""
 
     def in_float32(self) -> Encoder | None:
         """The same model with float32 numbers, for texts that come out with NaN or Inf; its vectors are as good.

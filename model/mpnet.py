@@ -8,7 +8,7 @@ Knows no tokenizer, no pooling and no files beyond a checkpoint's tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,10 @@ class MPNet:
     def hidden_states(self, packed: Packed) -> Iterator[Tensor]:
         """(T, hidden) for the embeddings, then for each layer: transformers' `output_hidden_states`, packed."""
         return self._states(self.place(packed))
+
+    def num_attention_cells(self, lengths: Sequence[int]) -> int:
+        """As `Attention.num_cells`, of texts with so many tokens each, the longest first."""
+        return self._attention.num_cells(lengths)
 
     def place(self, packed: Packed) -> Placed:
         """All that a micro-batch needs of the host, in one upload: from here on nothing waits for either side."""

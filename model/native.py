@@ -212,6 +212,9 @@ class NativeAttention:
     def host_arrays(self, _lengths: Sequence[int]) -> list[NDArray[Any]]:
         return []
 
+    def num_cells(self, lengths: Sequence[int]) -> int:
+        return sum([length * length for length in lengths])
+
     def prepare(self, lengths: Sequence[int], _arrays: Sequence[Tensor]) -> Attend:
         sizes = np.array(lengths, dtype=np.int64)
         starts = np.cumsum(sizes) - sizes

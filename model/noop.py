@@ -136,6 +136,12 @@ class NoopEncoder:
     def release_memory(self) -> None:
         """It holds none."""
 
+    def device_memory(self) -> dict[str, int]:
+        return {}
+
+    def padding_ratio(self, batch: Sequence[TokenizedText]) -> float:  # noqa: ARG002
+        return 0.0
+
     def in_float32(self) -> None:
         """It is that already."""
 

@@ -50,6 +50,11 @@ class Group:
     def is_ragged(self) -> bool:
         return self.lengths[-1] != self.length
 
+    @property
+    def num_cells(self) -> int:
+        """Of the attention, padding included."""
+        return len(self.lengths) * self.length * self.length
+
     def is_token(self) -> NDArray[np.bool_]:
         """(num_texts, length) False where a place is padding."""
         return np.asarray(np.arange(self.length) < np.array(self.lengths)[:, None])

@@ -40,6 +40,8 @@ class Memory:
     total: int
     #: held by torch in this process, used or not
     reserved: int
+    #: held by its tensors
+    allocated: int
 
 
 class Runtime(Protocol):
@@ -145,7 +147,8 @@ class CudaRuntime:
     def memory(self) -> Memory:
         free, total = torch.cuda.mem_get_info(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
-        return Memory(free + reserved - torch.cuda.memory_allocated(self.device), total, reserved)
+        allocated = torch.cuda.memory_allocated(self.device)
+        return Memory(free + reserved - allocated, total, reserved, allocated)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -285,6 +285,12 @@ class SentenceEncoder:
         """Gives the device what torch holds without using it. Raises DeviceLostError."""
         self._embedder.release_memory()
 
+    def device_memory(self) -> dict[str, int]:
+        return self._embedder.device_memory()
+
+    def padding_ratio(self, batch: Sequence[TokenizedText]) -> float:
+        return self._embedder.padding_ratio(batch)
+
     def in_float32(self) -> SentenceEncoder | None:
         """The same model in float32, loaded on first use and kept: from then on a GPU holds its weights twice.
 

@@ -9,6 +9,7 @@ job.result(timeout=30).vectors
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from embedq.producer.embeddings import Embeddings, Timings
@@ -44,11 +45,21 @@ from embedq.producer.streaming import TextEmbedding
 
 if TYPE_CHECKING:
     from embedq.producer.async_queue import AsyncEmbedQueue
+    from embedq.producer.async_sharded_queue import AsyncShardedEmbedQueue
+    from embedq.producer.sharded_queue import ShardedEmbedQueue
+
+#: What is not needed by who talks to one server and blocks, by its module.
+_LATER = {
+    "AsyncEmbedQueue": "async_queue",
+    "AsyncShardedEmbedQueue": "async_sharded_queue",
+    "ShardedEmbedQueue": "sharded_queue",
+}
 
 __all__ = [
     "AsyncEmbedJob",
     "AsyncEmbedQueue",
     "AsyncJobGroup",
+    "AsyncShardedEmbedQueue",
     "ConfigurationError",
     "DuplicateJobError",
     "EmbedJob",
@@ -75,6 +86,7 @@ __all__ = [
     "QueueFull",
     "QueueServerError",
     "ResultTimeoutError",
+    "ShardedEmbedQueue",
     "TextEmbedding",
     "Timings",
     "WireError",
@@ -82,8 +94,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name != "AsyncEmbedQueue":
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from embedq.producer.async_queue import AsyncEmbedQueue
-
-    return AsyncEmbedQueue
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

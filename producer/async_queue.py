@@ -18,7 +18,7 @@ import redis
 import redis.asyncio
 
 from embedq.producer import calls, embedding, requests
-from embedq.producer.async_results import AsyncResultReader
+from embedq.producer.async_results import AsyncReader, AsyncResultReader
 from embedq.producer.calls import News, Result, WaitFor
 from embedq.producer.client import DEFAULT_QUEUE, QueueClient
 from embedq.producer.connection import connect_async, translated_errors
@@ -72,7 +72,7 @@ class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
         defaults: EnqueueKeywords = {"max_depth": max_depth, "block_timeout": block_timeout}
         super().__init__(url, queue, connection, connect_async, defaults)
         self._round_trips = RoundTrips(self._client)
-        self._reader = AsyncResultReader(self._client)
+        self._reader: AsyncReader = AsyncResultReader(self._client)
 
     # --- putting texts on the queue
 
@@ -115,7 +115,8 @@ class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
         """See `EmbedQueue.enqueue_many`."""
         options, settings = self._split(keywords)
         made = requests.one_a_text(self.name, texts, job_ids, options, settings)
-        await self._run(calls.enqueue_in_chunks(self.name, made, settings, calls.start_in(delay)))
+        may_rename = job_ids is None and not settings.dedupe
+        made, _ = await self._run(self._place.enqueue(made, settings, calls.start_in(delay), may_rename=may_rename))
         return [AsyncEmbedJob(request.job_id, self) for request in made]
 
     async def embed(
@@ -128,7 +129,7 @@ class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
     ) -> Embeddings:
         """See `EmbedQueue.embed`."""
         options, settings = self._split({"result_ttl": embedding.EMBED_RESULT_TTL_S, **keywords})
-        return await self._run(embedding.embed(self.name, texts, options, settings, timeout, cache_ttl))
+        return await self._run(embedding.embed(self._place, texts, options, settings, timeout, cache_ttl))
 
     def embed_stream(
         self,
@@ -150,7 +151,7 @@ class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
         if isinstance(texts, str):
             raise InvalidTextError("embed_stream takes any number of texts; embed takes one")
         stream = open_stream(
-            self.name,
+            self._place,
             keywords,
             defaults=self._defaults,
             window=window,
@@ -170,11 +171,11 @@ class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
 
     async def status(self, job_id: str) -> JobStatus:
         """See `EmbedQueue.status`."""
-        return await self._run(calls.status(job_id))
+        return await self._run(self._place.status(job_id))
 
     async def statuses(self, job_ids: Iterable[str]) -> dict[str, JobStatus | None]:
         """See `EmbedQueue.statuses`."""
-        return await self._run(calls.statuses(job_ids))
+        return await self._run(self._place.statuses(job_ids))
 
     async def result(self, job_id: str, timeout: float | None = 30) -> Embeddings:
         """See `EmbedQueue.result`."""
@@ -203,15 +204,15 @@ class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
 
     async def cancel(self, job_id: str) -> bool:
         """See `EmbedQueue.cancel`."""
-        return await self._run(calls.cancel(job_id))
+        return await self._run(self._place.cancel(job_id))
 
     async def requeue(self, job_id: str, *, at_front: bool = False) -> None:
         """See `EmbedQueue.requeue`."""
-        await self._run(calls.requeue(job_id, at_front=at_front))
+        await self._run(self._place.requeue(job_id, at_front=at_front))
 
     async def depth(self) -> int:
         """See `EmbedQueue.depth`."""
-        return await self._run(calls.depth(self.name))
+        return await self._run(self._place.depth())
 
     async def close(self) -> None:
         """Closes the connections, unless they were the caller's. Who still waits raises QueueConnectionError."""
@@ -238,12 +239,13 @@ class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
         start: calls.Start = calls.NOW,
     ) -> AsyncEmbedJob:
         request, settings = self._request(texts, job_id, keywords)
-        await self._run(calls.enqueue(self.name, [request], settings, start))
-        return AsyncEmbedJob(request.job_id, self)
+        may_rename = job_id is None and not settings.dedupe
+        jobs, _ = await self._run(self._place.enqueue([request], settings, start, may_rename=may_rename))
+        return AsyncEmbedJob(jobs[0].job_id, self)
 
     async def _run(self, operation: calls.Operation[Result]) -> Result:
         """Does an operation's steps, one after the other; what a step ends in is thrown in."""
-        call = Mailbox()
+        call = self._reader.mailbox()
         try:
             step = next(operation)
             while True:
@@ -263,7 +265,7 @@ class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
         self, operation: Generator[StreamStep, Any, None], source: TextSource
     ) -> AsyncGenerator[TextEmbedding, None]:
         """The same, and hands out items."""
-        call = Mailbox()
+        call = self._reader.mailbox()
         try:
             step = next(operation)
             while True:
@@ -296,6 +298,8 @@ class AsyncEmbedQueue(QueueClient[redis.asyncio.Redis]):
             self._reader.subscribe(call, step.fresh, are_fresh=True)
             self._reader.subscribe(call, step.known)
             return []
+        if isinstance(step, calls.Fork):
+            raise AssertionError("only several servers are asked at once")
         with translated_errors(self._client):
             if isinstance(step, calls.ScriptCall):
                 return await self._round_trips.run(self._scripts[step.script], step.keys, step.args)

@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import heapq
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from functools import partial
 from itertools import islice
 
@@ -68,8 +70,58 @@ class _Watch:
         return self._key, self._last
 
 
-class AsyncResultReader:
-    """Reads outcomes of jobs for any number of calls of one event loop. Its task runs while somebody waits."""
+class AsyncReader(ABC):
+    """Lets any number of calls of one event loop know what becomes of jobs."""
+
+    def mailbox(self) -> Mailbox:
+        """For a call that is to be told."""
+        return Mailbox()
+
+    @abstractmethod
+    def subscribe(self, call: Mailbox, job_ids: Iterable[str], *, are_fresh: bool = False) -> None:
+        """Lets the call know of these jobs until `unsubscribe`. `are_fresh`: they were just made, so the first look
+        is left out. Raises QueueConnectionError once closed.
+        """
+
+    @abstractmethod
+    def unsubscribe(self, call: Mailbox) -> None: ...
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Calls that still wait get QueueConnectionError."""
+
+    async def outcomes(
+        self, job_ids: Iterable[str], timeout_s: float | None
+    ) -> AsyncGenerator[tuple[str, Outcome], None]:
+        """Each job once, about as it ends; what has not ended in time comes last, as ResultTimeoutError.
+
+        `timeout_s` None waits for good, 0 only looks. Raises QueueConnectionError.
+        """
+        async with aclosing(self.outcome_lists(job_ids, timeout_s)) as lists:
+            async for some in lists:
+                for each in some:
+                    yield each
+
+    async def outcome_lists(
+        self, job_ids: Iterable[str], timeout_s: float | None
+    ) -> AsyncGenerator[list[tuple[str, Outcome]], None]:
+        """The same, those together that have ended when somebody asks."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        call = self.mailbox()
+        try:
+            self.subscribe(call, dict.fromkeys(job_ids))
+            while not call.is_over:
+                news = await call.news(deadline)
+                if not news:
+                    news = [(job_id, timed_out(job_id, timeout_s)) for job_id in call.waiting]
+                    self.unsubscribe(call)
+                yield news
+        finally:
+            self.unsubscribe(call)
+
+
+class AsyncResultReader(AsyncReader):
+    """Of one server. Its task runs while somebody waits."""
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self._client = client
@@ -87,33 +139,7 @@ class AsyncResultReader:
 
     # --- the calls' side
 
-    async def outcomes(
-        self, job_ids: Iterable[str], timeout_s: float | None
-    ) -> AsyncGenerator[tuple[str, Outcome], None]:
-        """Each job once, about as it ends; what has not ended in time comes last, as ResultTimeoutError.
-
-        `timeout_s` None waits for good, 0 only looks. Raises QueueConnectionError.
-        """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        call = Mailbox()
-        try:
-            self.subscribe(call, dict.fromkeys(job_ids))
-            while not call.is_over:
-                news = await call.news(deadline)
-                for job_id, outcome in news:
-                    yield job_id, outcome
-                if not news:
-                    late = list(call.waiting)
-                    self.unsubscribe(call)
-                    for job_id in late:
-                        yield job_id, timed_out(job_id, timeout_s)
-        finally:
-            self.unsubscribe(call)
-
     def subscribe(self, call: Mailbox, job_ids: Iterable[str], *, are_fresh: bool = False) -> None:
-        """Lets the call know of these jobs until `unsubscribe`. `are_fresh`: they were just made, so the first look
-        is left out. Raises QueueConnectionError once closed.
-        """
         if self._is_closed:
             raise closed()
         for job_id in job_ids:
@@ -138,7 +164,7 @@ class AsyncResultReader:
         call.forget_all()
 
     async def close(self) -> None:
-        """Ends the task; calls that still wait raise QueueConnectionError."""
+        """Ends the task."""
         self._is_closed = True
         if self._task is not None:
             await stop([self._task, *self._loops])
@@ -279,14 +305,14 @@ class AsyncResultReader:
             for call in watch.calls:
                 call.tell(watch.job_id, verdict)
 
-    def _fail(self, make_error: Callable[[], Exception]) -> None:
+    def _fail(self, make_error: Callable[[], EmbedqError]) -> None:
         calls = {call for call, _ in self._newcomers}.union(*(watch.calls for watch in self._watches.values()))
         self._newcomers.clear()
         self._watches.clear()
         for call in calls:
             call.fail(make_error)
 
-    def _failure(self, cause: Exception) -> Exception:
+    def _failure(self, cause: Exception) -> EmbedqError:
         place = describe(self._client)
         if isinstance(cause, redis.RedisError):
             error: EmbedqError = translate(cause, place)

@@ -8,12 +8,11 @@ ended in) and returns its result. Every call of a script may be sent twice by re
 from __future__ import annotations
 
 import calendar
-import contextlib
 import itertools
 import os
 import random
 import time
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -22,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import orjson
 from rq.defaults import CALLBACK_TIMEOUT
 
-from embedq.producer import keys, requests, wire
+from embedq.producer import keys, requests, tracing, wire
 from embedq.producer.checks import shown
 from embedq.producer.errors import (
     DuplicateJobError,
@@ -99,9 +98,19 @@ class News:
     or_texts: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """One operation at each of these shards, all at once; only a client of several servers is asked for it.
+
+    The reply, by shard: the operation's result, or the EmbedqError that it ended in.
+    """
+
+    operations: Mapping[str, Operation[Any]]
+
+
 #: One round trip.
 RedisStep = ScriptCall | Commands
-Step = RedisStep | Pause | WaitFor | News
+Step = RedisStep | Pause | WaitFor | News | Fork
 Result = TypeVar("Result")
 Operation = Generator[Step, Any, Result]
 
@@ -127,7 +136,15 @@ def enqueue(
 
     Raises DuplicateJobError, QueueFull, JobNotFoundError (a dependency).
     """
-    call = _enqueue_call(queue, jobs, settings, start)
+    with tracing.sending(queue, jobs) as traced:
+        return (yield from _enqueue(queue, jobs, settings, start, traced))
+
+
+def _enqueue(
+    queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start, traced: Sequence[str]
+) -> Operation[frozenset[str]]:
+    """traced: the fields that tell workers which trace the jobs belong to."""
+    call = _enqueue_call(queue, jobs, settings, start, traced)
     pauses = _pauses(settings.block_timeout)
     while True:
         kind, *rest = yield call
@@ -135,10 +152,10 @@ def enqueue(
             return frozenset(job_id.decode() for job_id in rest)
         if kind == b"taken":
             jobs = yield from _as_stored(jobs, [job_id.decode() for job_id in rest])
-            call = _enqueue_call(queue, jobs, settings, start)
+            call = _enqueue_call(queue, jobs, settings, start, traced)
             continue
         if kind != b"full":
-            raise _missing([job_id.decode() for job_id in rest])
+            raise missing(rest[0].decode())
         pause = next(pauses, None)
         if pause is None:
             waited = f", also after {settings.block_timeout:g} s" if settings.block_timeout else ""
@@ -171,6 +188,7 @@ def enqueue_in_chunks(
     queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start = NOW
 ) -> Operation[frozenset[str]]:
     """A step per chunk. Raises what `enqueue` raises, and PartialEnqueueError if a chunk after the first fails."""
+    job_ids = [job.job_id for job in jobs]
     if settings.dedupe:
         jobs = requests.distinct(jobs)
     known: frozenset[str] = frozenset()
@@ -182,18 +200,10 @@ def enqueue_in_chunks(
             if not sent:
                 raise
             message = f"{sent:,} of {len(jobs):,} jobs are enqueued; then: {err}"
-            ids = [job.job_id for job in jobs[:sent]]
-            raise PartialEnqueueError(message, ids, retryable=err.retryable) from err
+            accepted = {job.job_id for job in jobs[:sent]}
+            raise PartialEnqueueError.of(message, job_ids, accepted, retryable=err.retryable) from err
         sent += len(chunk)
     return known
-
-
-def enqueue_own(queue: str, jobs: Sequence[Request], settings: JobSettings) -> Operation[frozenset[str]]:
-    """For a caller that cancels all of these jobs after an error, so that it need not say how many got through."""
-    try:
-        return (yield from enqueue_in_chunks(queue, jobs, settings))
-    except PartialEnqueueError as err:
-        raise err.__cause__ or err from None
 
 
 def start_at(moment: object) -> Start:
@@ -235,18 +245,6 @@ def _statuses(job_ids: Sequence[str]) -> Operation[dict[str, JobStatus | None]]:
     return found | ((yield from _statuses(there)) if there else {})
 
 
-def status(job_id: str) -> Operation[JobStatus]:
-    """Raises JobNotFoundError."""
-    found = yield from statuses([job_id])
-    return _found(job_id, found[job_id])
-
-
-def cancel(job_id: str) -> Operation[bool]:
-    """Whether the job had not ended before. Raises JobNotFoundError."""
-    found = yield from cancel_all([job_id])
-    return not _found(job_id, found[job_id]).is_terminal
-
-
 def cancel_all(job_ids: Iterable[str]) -> Operation[dict[str, JobStatus | None]]:
     """A step per CHUNK_CANCELS; the status in which each job was found, None for one that is not there."""
     waiting = iter([check_job_id(job_id) for job_id in job_ids])
@@ -257,12 +255,6 @@ def cancel_all(job_ids: Iterable[str]) -> Operation[dict[str, JobStatus | None]]
     return found
 
 
-def give_up(job_ids: Iterable[str]) -> Operation[None]:
-    """Cancels in passing: the error under way matters more than one from here; what stays expires by itself."""
-    with contextlib.suppress(EmbedqError):
-        yield from cancel_all(job_ids)
-
-
 def requeue(job_id: str, *, at_front: bool) -> Operation[None]:
     """Raises JobNotFoundError, and JobStateError unless the job failed or was canceled."""
     found = yield ScriptCall(
@@ -270,7 +262,9 @@ def requeue(job_id: str, *, at_front: bool) -> Operation[None]:
         [keys.job(check_job_id(job_id)), keys.QUEUES],
         [keys.PREFIX, job_id, _push_command(at_front), _nonce()],
     )
-    before = _found(job_id, read_status(found))
+    before = read_status(found)
+    if before is None:
+        raise not_found(job_id)
     if not before.is_terminal or before is JobStatus.FINISHED:
         raise JobStateError(f"job {job_id} is {before}; only a failed or canceled job can be requeued")
 
@@ -280,10 +274,10 @@ def depth(queue: str) -> Operation[int]:
     return int(length)
 
 
-def _found(job_id: str, found: JobStatus | None) -> JobStatus:
-    if found is None:
-        raise not_found(job_id)
-    return found
+def forget(queue: str, job_ids: Sequence[str]) -> Operation[None]:
+    """Deletes finished jobs that nobody else can know, in one step."""
+    job_keys = [key for job_id in job_ids for key in (keys.job(job_id), keys.results(job_id))]
+    yield Commands([("DEL", *job_keys), ("ZREM", keys.finished(queue), *job_ids)])
 
 
 def _nonce() -> str:
@@ -294,10 +288,12 @@ def _push_command(at_front: bool) -> str:
     return "LPUSH" if at_front else "RPUSH"
 
 
-def _enqueue_call(queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start) -> ScriptCall:
+def _enqueue_call(
+    queue: str, jobs: Sequence[Request], settings: JobSettings, start: Start, traced: Sequence[str]
+) -> ScriptCall:
     if settings.depends_on and start.kind != "now":
         raise InvalidOptionError("depends_on and a time exclude each other; give one of them")
-    shared = _shared_fields(settings)
+    shared = (*_shared_fields(settings), *traced)
     return ScriptCall(
         "enqueue",
         [keys.queue(queue), keys.QUEUES],
@@ -310,8 +306,9 @@ def _enqueue_call(queue: str, jobs: Sequence[Request], settings: JobSettings, st
     )
 
 
-def _missing(ids: list[str]) -> JobNotFoundError:
-    return JobNotFoundError(f"there is no job {ids[0]} to depend on: it never existed, or it expired")
+def missing(job_id: str) -> JobNotFoundError:
+    """What a job raises that depends on this one, which is not there."""
+    return JobNotFoundError(f"there is no job {job_id} to depend on: it never existed, or it expired")
 
 
 def _pauses(timeout_s: float) -> Iterator[float]:

@@ -23,6 +23,7 @@ from embedq.producer.connection import DEFAULT_URL
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, JobNotFoundError, PartialEnqueueError
 from embedq.producer.options import Precision, TruncationSide
+from embedq.producer.password_file import with_password
 from embedq.producer.queue import EmbedQueue
 from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S, RETRIES
 
@@ -32,8 +33,9 @@ url_option = click.option(
     "--url",
     default=DEFAULT_URL,
     show_default=True,
+    callback=lambda _context, _option, url: with_password(url),
     help="Redis: redis://, rediss:// (TLS), unix://, or redis+sentinel://HOST:PORT,.../SERVICE/DB. One with a password"
-    " belongs into EMBEDQ_URL, not into a command line.",
+    " belongs into EMBEDQ_URL, not into a command line; or EMBEDQ_PASSWORD_FILE names a file that has the password.",
 )
 queue_option = click.option("--queue", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")

@@ -13,6 +13,7 @@ from embedq.producer.checks import lone_surrogate, shown
 from embedq.producer.connection import DEFAULT_URL, Client, check_client
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.options import EmbedOptions
+from embedq.producer.places import OneRedis, Place
 from embedq.producer.requests import Request
 from embedq.producer.settings import EnqueueKeywords, JobSettings, split_keywords
 
@@ -34,13 +35,18 @@ class QueueClient(Generic[Client]):
         """connect: to a URL, where no connection is given. Raises ConfigurationError, InvalidOptionError."""
         if url is not None and connection is not None:
             raise ConfigurationError("give a url or a connection, not both")
-        self.name = check_queue_name(queue)
-        self._defaults = defaults
-        split_keywords(defaults)
+        self._begin(OneRedis(check_queue_name(queue)), defaults)
         self._owns_connection = connection is None
         self._client: Client = connect(url or DEFAULT_URL) if connection is None else check_client(connection)
         self._redis: Any = self._client
         self._scripts = {name: scripts.load(self._client, __package__, name) for name in calls.SCRIPTS}
+
+    def _begin(self, place: Place, defaults: EnqueueKeywords) -> None:
+        """What there is without a connection. Raises InvalidOptionError."""
+        self.name = place.queue
+        self._place = place
+        self._defaults = defaults
+        split_keywords(defaults)
 
     def _split(self, keywords: EnqueueKeywords) -> tuple[EmbedOptions, JobSettings]:
         return split_keywords({**self._defaults, **keywords})

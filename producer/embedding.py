@@ -6,12 +6,13 @@ import contextlib
 import time
 from collections.abc import Iterable, Sequence
 
-from embedq.producer import calls, requests
+from embedq.producer import requests
 from embedq.producer.calls import News, Operation, WaitFor
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, JobFailedError, ResultTimeoutError
 from embedq.producer.options import EmbedOptions, check_text
 from embedq.producer.outcomes import fitting
+from embedq.producer.places import Place
 from embedq.producer.requests import Request
 from embedq.producer.settings import JobSettings
 from embedq.producer.vector_cache import VectorCache
@@ -29,7 +30,7 @@ def usual_texts_per_job(options: EmbedOptions) -> int:
 
 
 def embed(
-    queue: str,
+    place: Place,
     texts: str | Iterable[str],
     options: EmbedOptions,
     settings: JobSettings,
@@ -39,14 +40,14 @@ def embed(
     """See `EmbedQueue.embed`."""
     everything = [texts] if isinstance(texts, str) else [check_text(text, i) for i, text in enumerate(texts)]
     if cache_ttl is None:
-        return (yield from _embed(queue, everything, options, settings, timeout_s))
-    cache = VectorCache(options, cache_ttl)
+        return (yield from _embed(place, everything, options, settings, timeout_s))
+    cache = VectorCache(place, options, cache_ttl)
     parts = yield from cache.look_up(everything)
     places = [place for place, part in enumerate(parts) if part is None]
     if places or not parts:
         missing = [everything[place] for place in places]
         try:
-            whole = yield from _embed(queue, missing, options, settings, timeout_s)
+            whole = yield from _embed(place, missing, options, settings, timeout_s)
         except JobFailedError as err:
             if err.text_index is None:
                 raise
@@ -54,24 +55,25 @@ def embed(
         if any(part is not None and not part.is_like(whole) for part in parts):
             # The fleet serves other weights by now: nothing of what is kept goes with them.
             missing, places = everything, list(range(len(everything)))
-            whole = yield from _embed(queue, missing, options, settings, timeout_s)
+            whole = yield from _embed(place, missing, options, settings, timeout_s)
         found = whole.split()
         with contextlib.suppress(EmbedqError):  # a cache that cannot be written costs no result
             yield from cache.store(zip(missing, found, strict=True))
-        for place, part in zip(places, found, strict=True):
-            parts[place] = part
+        for index, part in zip(places, found, strict=True):
+            parts[index] = part
     return Embeddings.concatenate([part for part in parts if part is not None])
 
 
 def _embed(
-    queue: str, texts: list[str], options: EmbedOptions, settings: JobSettings, timeout_s: float | None
+    place: Place, texts: list[str], options: EmbedOptions, settings: JobSettings, timeout_s: float | None
 ) -> Operation[Embeddings]:
     """Checked texts, without a cache."""
-    made = requests.spread(queue, texts, usual_texts_per_job(options), options, settings)
+    made = requests.spread(place.queue, texts, usual_texts_per_job(options), options, settings)
     job_ids = [request.job_id for request in made]  # under dedupe one may stand twice
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     try:
-        yield from calls.enqueue_own(queue, made, settings)
+        made, _ = yield from place.enqueue_own(made, settings)
+        job_ids = [request.job_id for request in made]
         # Under dedupe a job may have been there, or start afresh: then its stream has the entry of its failure.
         parts = yield from _parts(made, options, frozenset(job_ids if settings.dedupe else ()), deadline)
         if len(parts) < len(set(job_ids)):
@@ -81,7 +83,7 @@ def _embed(
         raise  # nobody is left to take a step
     except BaseException:
         if not settings.dedupe:  # else others may wait for the same jobs
-            yield from calls.give_up(job_ids)
+            yield from place.give_up(job_ids)
         raise
     return Embeddings.concatenate([parts[job_id] for job_id in job_ids])
 

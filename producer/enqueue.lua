@@ -157,7 +157,8 @@ for _, place in ipairs(fresh) do
   if again[place] then
     -- What the earlier call asked for and this one does not.
     redis.call('HDEL', key, 'ttl', 'retry_intervals', 'group_id', 'enqueue_at_front', 'success_callback_name',
-      'failure_callback_name', 'dependency_id', 'dependency_ids', 'embedq_attempts')
+      'failure_callback_name', 'dependency_id', 'dependency_ids', 'embedq_attempts',
+      'embedq_traceparent', 'embedq_tracestate')
   end
   redis.call('HSET', key, 'data', ARGV[i + 1], 'description', ARGV[i + 2], 'embedq_texts', ARGV[i + 3], unpack(shared))
   if again[place] then

@@ -27,7 +27,7 @@ Every message is one line and says what to do.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class EmbedqError(Exception):
@@ -76,14 +76,26 @@ class QueueAccessError(QueueConnectionError):
 
 
 class PartialEnqueueError(EmbedqError):
-    """`job_ids` are those known to be enqueued; enqueue the rest again."""
+    """`job_ids` are those known to be enqueued, `text_indexes` the places of their texts; enqueue the rest again."""
 
     code = "partial_enqueue"
 
-    def __init__(self, message: str, job_ids: Sequence[str], *, retryable: bool = False) -> None:
+    def __init__(
+        self, message: str, job_ids: Sequence[str], text_indexes: Sequence[int], *, retryable: bool = False
+    ) -> None:
         super().__init__(message)
         self.job_ids = list(job_ids)
+        self.text_indexes = list(text_indexes)
         self.retryable = retryable
+
+    @classmethod
+    def of(
+        cls, message: str, job_ids: Sequence[str], accepted: Collection[str], *, retryable: bool
+    ) -> PartialEnqueueError:
+        """Of these ids, one a text, those accepted."""
+        places = [place for place, job_id in enumerate(job_ids) if job_id in accepted]
+        ids = list(dict.fromkeys(job_ids[place] for place in places))
+        return cls(message, ids, places, retryable=retryable)
 
 
 class QueueServerError(EmbedqError):

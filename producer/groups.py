@@ -88,11 +88,11 @@ class JobGroup(_Group):
 
     def job_ids(self) -> list[str]:
         """In no order; some may have expired."""
-        return self._queue._run(job_ids(self.name))
+        return self._queue._run(self._queue._place.group_ids(self.name))
 
     def counts(self) -> dict[JobStatus, int]:
         """How many jobs have which status, read a thousand at a time; expired ones don't count."""
-        return self._queue._run(counts(self.name))
+        return self._queue._run(self._queue._place.group_counts(self.name))
 
     def results(self, timeout: float | None = 30) -> dict[str, Outcome]:
         """See `EmbedQueue.results`."""
@@ -100,7 +100,7 @@ class JobGroup(_Group):
 
     def cancel(self) -> int:
         """Cancels what has not ended; how many jobs that were."""
-        return self._queue._run(cancel(self.name))
+        return self._queue._run(self._queue._place.cancel_group(self.name))
 
 
 class AsyncJobGroup(_Group):
@@ -111,11 +111,11 @@ class AsyncJobGroup(_Group):
 
     async def job_ids(self) -> list[str]:
         """See `JobGroup.job_ids`."""
-        return await self._queue._run(job_ids(self.name))
+        return await self._queue._run(self._queue._place.group_ids(self.name))
 
     async def counts(self) -> dict[JobStatus, int]:
         """See `JobGroup.counts`."""
-        return await self._queue._run(counts(self.name))
+        return await self._queue._run(self._queue._place.group_counts(self.name))
 
     async def results(self, timeout: float | None = 30) -> dict[str, Outcome]:
         """See `JobGroup.results`."""
@@ -123,4 +123,4 @@ class AsyncJobGroup(_Group):
 
     async def cancel(self) -> int:
         """See `JobGroup.cancel`."""
-        return await self._queue._run(cancel(self.name))
+        return await self._queue._run(self._queue._place.cancel_group(self.name))

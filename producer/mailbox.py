@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from embedq.producer.errors import EmbedqError
 from embedq.producer.outcomes import Outcome
 
 #: Decodes a result; called by the call that waits for it, so that a long one holds up no other.
@@ -23,7 +24,7 @@ class Mailbox:
         self.waiting: set[str] = set()
         self.unlooked: set[str] = set()
         self._ended: deque[tuple[str, Verdict]] = deque()
-        self._make_error: Callable[[], Exception] | None = None
+        self._make_error: Callable[[], EmbedqError] | None = None
         self._changed = asyncio.Event()
 
     @property
@@ -39,7 +40,7 @@ class Mailbox:
         if self._ended or not self.unlooked:
             self._changed.set()
 
-    def fail(self, make_error: Callable[[], Exception]) -> None:
+    def fail(self, make_error: Callable[[], EmbedqError]) -> None:
         """One failure reaches many calls: each raises an error of its own."""
         self._make_error = make_error
         self._changed.set()

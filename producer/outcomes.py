@@ -115,6 +115,11 @@ def not_found(job_id: str) -> JobNotFoundError:
     return JobNotFoundError(f"there is no job {job_id}: it never existed, or it expired")
 
 
+def is_unknown(job_id: str, outcome: Outcome) -> bool:
+    """Whether a server has never heard of the job, or no longer knows of it; not that its result alone has expired."""
+    return isinstance(outcome, JobNotFoundError) and str(outcome) == str(not_found(job_id))
+
+
 def timed_out(job_id: str, timeout_s: float | None) -> ResultTimeoutError:
     return ResultTimeoutError(f"no result of job {job_id} within {timeout_s:g} s; the job goes on, ask again later")
 

@@ -17,7 +17,7 @@ import redis
 from embedq.producer import calls, embedding, requests
 from embedq.producer.client import DEFAULT_QUEUE, QueueClient
 from embedq.producer.connection import connect, translated_errors
-from embedq.producer.driver import drive
+from embedq.producer.driver import WatchedJobs, drive
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, InvalidTextError
 from embedq.producer.groups import JobGroup
@@ -126,7 +126,8 @@ class EmbedQueue(QueueClient[redis.Redis]):
         """
         options, settings = self._split(keywords)
         made = requests.one_a_text(self.name, texts, job_ids, options, settings)
-        self._run(calls.enqueue_in_chunks(self.name, made, settings, calls.start_in(delay)))
+        may_rename = job_ids is None and not settings.dedupe
+        made, _ = self._run(self._place.enqueue(made, settings, calls.start_in(delay), may_rename=may_rename))
         return [EmbedJob(request.job_id, self) for request in made]
 
     def embed(
@@ -146,7 +147,7 @@ class EmbedQueue(QueueClient[redis.Redis]):
         raises is canceled, except under `dedupe`, where others may wait for it too.
         """
         options, settings = self._split({"result_ttl": embedding.EMBED_RESULT_TTL_S, **keywords})
-        return self._run(embedding.embed(self.name, texts, options, settings, timeout, cache_ttl))
+        return self._run(embedding.embed(self._place, texts, options, settings, timeout, cache_ttl))
 
     def embed_stream(
         self,
@@ -172,7 +173,7 @@ class EmbedQueue(QueueClient[redis.Redis]):
         if isinstance(texts, str):
             raise InvalidTextError("embed_stream takes any number of texts; embed takes one")
         stream = open_stream(
-            self.name,
+            self._place,
             keywords,
             defaults=self._defaults,
             window=window,
@@ -192,11 +193,11 @@ class EmbedQueue(QueueClient[redis.Redis]):
 
     def status(self, job_id: str) -> JobStatus:
         """Raises JobNotFoundError if the job never existed or has expired."""
-        return self._run(calls.status(job_id))
+        return self._run(self._place.status(job_id))
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, JobStatus | None]:
         """One round trip for ten thousand; None for a job that is not there."""
-        return self._run(calls.statuses(job_ids))
+        return self._run(self._place.statuses(job_ids))
 
     def result(self, job_id: str, timeout: float | None = 30) -> Embeddings:
         """The embeddings of one job, waited for up to `timeout` seconds (0: only look, None: for good).
@@ -235,18 +236,18 @@ class EmbedQueue(QueueClient[redis.Redis]):
 
         A job that a worker has in hand counts as canceled; what the worker makes of it is dropped.
         """
-        return self._run(calls.cancel(job_id))
+        return self._run(self._place.cancel(job_id))
 
     def requeue(self, job_id: str, *, at_front: bool = False) -> None:
         """Back onto its queue, with as many retries as it was enqueued with.
 
         Raises JobNotFoundError, and JobStateError unless the job failed or was canceled.
         """
-        self._run(calls.requeue(job_id, at_front=at_front))
+        self._run(self._place.requeue(job_id, at_front=at_front))
 
     def depth(self) -> int:
         """Jobs waiting on this queue."""
-        return self._run(calls.depth(self.name))
+        return self._run(self._place.depth())
 
     def close(self) -> None:
         """Closes the connections, unless they were the caller's."""
@@ -269,8 +270,9 @@ class EmbedQueue(QueueClient[redis.Redis]):
         start: calls.Start = calls.NOW,
     ) -> EmbedJob:
         request, settings = self._request(texts, job_id, keywords)
-        self._run(calls.enqueue(self.name, [request], settings, start))
-        return EmbedJob(request.job_id, self)
+        may_rename = job_id is None and not settings.dedupe
+        jobs, _ = self._run(self._place.enqueue([request], settings, start, may_rename=may_rename))
+        return EmbedJob(jobs[0].job_id, self)
 
     def _run(self, operation: calls.Operation[Result]) -> Result:
         """Does an operation that hands nothing out."""
@@ -284,11 +286,13 @@ class EmbedQueue(QueueClient[redis.Redis]):
     def _drive(
         self, operation: Generator[StreamStep, Any, Result], source: Iterator[str]
     ) -> Generator[TextEmbedding, None, Result]:
-        return drive(operation, source, lambda step: self._do(step), ResultReader(self._client))
+        return drive(operation, source, lambda step: self._do(step), WatchedJobs(ResultReader(self._client)))
 
-    def _do(self, step: calls.RedisStep | calls.Pause) -> Any:
+    def _do(self, step: calls.RedisStep | calls.Pause | calls.Fork) -> Any:
         if isinstance(step, calls.Pause):
             return time.sleep(step.seconds)
+        if isinstance(step, calls.Fork):
+            raise AssertionError("only several servers are asked at once")
         with translated_errors(self._client):
             if isinstance(step, calls.ScriptCall):
                 return self._scripts[step.script](keys=step.keys, args=step.args)

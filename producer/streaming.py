@@ -13,14 +13,15 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from embedq.producer import calls, keys, requests
-from embedq.producer.calls import Commands, News, Operation, Step, WaitFor
+from embedq.producer import requests
+from embedq.producer.calls import News, Operation, Step, WaitFor
 from embedq.producer.checks import is_int, one_of, shown
 from embedq.producer.embedding import usual_texts_per_job
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, InvalidOptionError, InvalidTextError, JobFailedError, ResultTimeoutError
 from embedq.producer.options import MAX_TEXTS_PER_JOB, EmbedOptions, check_text
 from embedq.producer.outcomes import Outcome, fitting
+from embedq.producer.places import Place
 from embedq.producer.settings import EnqueueKeywords, JobSettings, split_keywords
 from embedq.producer.vector_cache import VectorCache
 
@@ -98,7 +99,7 @@ class StreamSettings:
 
 
 def open_stream(
-    queue: str,
+    place: Place,
     keywords: EnqueueKeywords,
     *,
     defaults: EnqueueKeywords,
@@ -118,8 +119,8 @@ def open_stream(
         on_error=on_error,
         forget=is_private,
     )
-    cache = None if cache_ttl is None else VectorCache(options, cache_ttl)
-    return TextStream(queue, options, job_settings, settings, cache)
+    cache = None if cache_ttl is None else VectorCache(place, options, cache_ttl)
+    return TextStream(place, options, job_settings, settings, cache)
 
 
 class _Part(NamedTuple):
@@ -134,13 +135,13 @@ class TextStream:
 
     def __init__(
         self,
-        queue: str,
+        place: Place,
         options: EmbedOptions,
         job_settings: JobSettings,
         settings: StreamSettings,
         cache: VectorCache | None = None,
     ) -> None:
-        self._queue, self._options, self._job_settings = queue, options, job_settings
+        self._place, self._options, self._job_settings = place, options, job_settings
         self._settings, self._cache = settings, cache
         #: by job id; under `dedupe` one job may serve several parts
         self._parts: dict[str, list[_Part]] = {}
@@ -190,7 +191,7 @@ class TextStream:
                 yield from self._settle(self.take(news))
                 yield from map(HandOut, self.pop_ready())
         finally:
-            yield from calls.give_up(self.waiting_jobs())
+            yield from self._place.give_up(self.waiting_jobs())
 
     def _settle(self, enqueueing: Operation[WaitFor]) -> Operation[None]:
         """Waits for what was enqueued, but for jobs that had ended before: they are taken at once."""
@@ -236,7 +237,7 @@ class TextStream:
             with contextlib.suppress(EmbedqError):  # a cache that cannot be written costs no result
                 yield from self._cache.store(entries)
         if self._settings.forget and read:
-            yield Commands(self._forget_commands(read))
+            yield from self._place.forget(read)
         return (yield from self._enqueue(*innocent))
 
     def pop_ready(self) -> Iterator[TextEmbedding]:
@@ -257,20 +258,20 @@ class TextStream:
     def _enqueue(self, places: list[int], texts: list[str]) -> Operation[WaitFor]:
         if not texts:
             return WaitFor([], [])
-        jobs = requests.spread(self._queue, texts, self._settings.texts_per_job, self._options, self._job_settings)
+        per_job = self._settings.texts_per_job
+        jobs = requests.spread(self._place.queue, texts, per_job, self._options, self._job_settings)
         start, under_way = 0, set(self._parts)
         for job in jobs:
             span = slice(start, start + job.num_texts)
             self._parts.setdefault(job.job_id, []).append(_Part(places[span], texts[span]))
             start += job.num_texts
-        known = yield from calls.enqueue_own(self._queue, jobs, self._job_settings)
+        sent, known = yield from self._place.enqueue_own(jobs, self._job_settings)
+        for job, instead in zip(jobs, sent, strict=True):
+            if instead.job_id != job.job_id:
+                self._parts[instead.job_id] = self._parts.pop(job.job_id)
         if self._job_settings.dedupe:  # also one that starts afresh: its stream has the entry of its failure
-            known = frozenset(job.job_id for job in jobs)
-        return WaitFor.enqueued((job.job_id for job in jobs if job.job_id not in under_way), known)
-
-    def _forget_commands(self, job_ids: Sequence[str]) -> list[tuple[Any, ...]]:
-        job_keys = [key for job_id in job_ids for key in (keys.job(job_id), keys.results(job_id))]
-        return [("DEL", *job_keys), ("ZREM", keys.finished(self._queue), *job_ids)]
+            known = frozenset(job.job_id for job in sent)
+        return WaitFor.enqueued((job.job_id for job in sent if job.job_id not in under_way), known)
 
     def _succeed(self, part: _Part, result: Embeddings) -> Iterator[tuple[str, Embeddings]]:
         """Texts with their embeddings, for the cache."""

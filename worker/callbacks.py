@@ -34,7 +34,7 @@ class Call:
     """One function that is due."""
 
     function: Callable[..., object]
-    #: for the log: the callback app.hooks.done of job 1234
+    #: for the log: the callback app.hooks.done
     what: str
     #: made when its turn comes: a result is fetched no earlier
     arguments: Callable[[], tuple[Any, ...]]

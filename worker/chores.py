@@ -33,6 +33,10 @@ class Chores:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
     def submit(self, chore: Callable[[], object]) -> None:
         self._submitted.put(chore)
 

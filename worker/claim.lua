@@ -12,21 +12,28 @@
 -- ARGV[4]  at most so many jobs
 -- ARGV[5]  no further job once those taken cost so many bytes: their data, but BYTES_PER_TEXT a text at least
 -- ARGV[6]  the nonce: what the execution ids begin with, unique to this call
--- ARGV[7+] the queues' names, as many as lists
+-- ARGV[7]  '1' to be told the traces that jobs belong to
+-- ARGV[8+] the queues' names, as many as lists
 --
 -- Returns {now in seconds, state, job, job, ...}. State: 'suspended', 'empty' if the queues are, else 'more'. Each job
 -- is {queue name, id, execution id, data, enqueued_at}, data false where the hash has none, and only its length where
--- it is longer than MAX_DATA_BYTES; one that was tried before has two items more: how often, and its retries left.
+-- it is longer than MAX_DATA_BYTES; one that was tried before has two items more: how often, and its retries left. One
+-- that belongs to a trace has these two in any case, and after them its traceparent and its tracestate ('' if it has
+-- none), as somebody has written them.
 
 local BYTES_PER_TEXT = 8 -- so that a job of many empty texts, which compress to nothing, is not free
 local MAX_TEXTS = 1024 -- of a job; what it says of itself is not to be believed
 local MAX_DATA_BYTES = 67108864 -- as in producer/wire.py: no request of ours has more, and no worker has to take it
 local MAX_TIME_BYTES = 64
+local MAX_TRACE_BYTES = 512
 local LOOK_AHEAD = 100 -- ids read off a list at a time
 local MAX_LOOKS = 10000 -- ids looked at in one call, however many of them are jobs that vanished
 local FIELDS = {'status', 'data', 'enqueued_at', 'embedq_texts', 'embedq_attempts', 'embedq_retries', 'retries_left'}
 
 local prefix, worker, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
+if ARGV[7] == '1' then
+  FIELDS[8], FIELDS[9] = 'embedq_traceparent', 'embedq_tracestate'
+end
 local max_jobs, max_bytes, nonce = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local started, now = clock(), timestamp()
 local second = string.format('%.6f', started)
@@ -42,7 +49,11 @@ local function told(queue, id, execution, fields)
   end
   -- Most jobs are as they were enqueued: no counter, and all of their retries left.
   local tried = (fields[5] or fields[6] ~= fields[7]) and attempts(fields[5], fields[6], fields[7]) or 0
-  if tried == 0 then
+  local trace, state = fields[8], fields[9] or ''
+  if trace and #trace <= MAX_TRACE_BYTES then
+    state = #state <= MAX_TRACE_BYTES and state or ''
+    return {queue, id, execution, data, enqueued_at, tried, math.max(0, seconds(fields[7], 0)), trace, state}
+  elseif tried == 0 then
     return {queue, id, execution, data, enqueued_at}
   end
   return {queue, id, execution, data, enqueued_at, tried, math.max(0, seconds(fields[7], 0))}
@@ -76,7 +87,7 @@ clear_way('set', KEYS[3])
 clear_way('string', KEYS[4])
 for i = 5, #KEYS do
   clear_way('list', KEYS[i])
-  clear_way('zset', wip_key(prefix, ARGV[2 + i]))
+  clear_way('zset', wip_key(prefix, ARGV[3 + i]))
 end
 if redis.call('GET', KEYS[4]) == nonce then
   return tell_again()
@@ -164,7 +175,7 @@ end
 
 local is_empty = true
 for i = 5, #KEYS do
-  local queue = ARGV[2 + i]
+  local queue = ARGV[3 + i]
   is_empty = drain(KEYS[i], queue)
   in_slices(leases, function(...) redis.call('ZADD', wip_key(prefix, queue), ...) end)
   leases = {}

@@ -26,6 +26,13 @@ STAGE_FROM_BYTES = 32 * 1024
 RECOVER_JOBS = 500
 
 
+#: What may become of a claim: a failure is tried again while retries are left, and a canceled job comes to nothing.
+Became = Literal["", "finished", "failed", "retried", "parked", "canceled"]
+#: Of finish.lua's reply.
+_DONE, _HAS_SEQUEL, _AGAIN, _CANCELED = 1, 2, 4, 8
+_BECAME: dict[str, Became] = {"finished": "finished", "failed": "failed", "retry": "failed", "parked": "parked"}
+
+
 # Not frozen: one for each job, and a frozen one takes three times as long to make.
 @dataclass(slots=True, eq=False)
 class Claim:
@@ -44,6 +51,10 @@ class Claim:
     is_last: bool = False
     #: bytes of a `data` that stayed in Redis because it is longer than any of ours; else 0
     refused_bytes: int = 0
+    #: 0 until it was read
+    num_texts: int = 0
+    #: traceparent and tracestate as they stand in Redis, written by anybody; None: no trace, or nobody asked
+    trace: tuple[bytes, bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +72,8 @@ class Renewed:
 
     #: claims that are this worker's no longer
     lost: list[Claim]
+    #: those of them whose jobs are canceled
+    canceled: list[Claim]
     #: false if Redis has forgotten the worker: it lost its data, or the worker slept for long
     is_known: bool
 
@@ -88,6 +101,8 @@ class Outcome:
     working_s: float = 0.0
     #: the failure's code
     code: str = ""
+    #: what Redis made of it; empty before, and where the job was another's by then
+    became: Became = ""
 
     @classmethod
     def finished(cls, claim: Claim, result: bytes, working_s: float) -> Outcome:
@@ -107,9 +122,11 @@ class Outcome:
 class ClaimStore:
     """One worker's claims in Redis."""
 
-    def __init__(self, client: redis.Redis, worker_name: str, lease_s: float) -> None:
+    def __init__(self, client: redis.Redis, worker_name: str, lease_s: float, with_traces: bool = False) -> None:
+        """with_traces: whether claims are to tell the traces that they belong to."""
         self.worker_name = worker_name
         self.lease_s = lease_s
+        self._with_traces = int(with_traces)
         self._nonce = _fresh_nonce()
         self._claim = scripts.load(client, __package__, "claim")
         self._finish = scripts.load(client, __package__, "finish")
@@ -129,7 +146,10 @@ class ClaimStore:
                 keys.worker_claim(self.worker_name),
                 *map(keys.queue, queues),
             ],
-            args=[keys.PREFIX, self.worker_name, self.lease_s, max_jobs, max_bytes, self._nonce, *queues],
+            args=[
+                *(keys.PREFIX, self.worker_name, self.lease_s, max_jobs, max_bytes, self._nonce, self._with_traces),
+                *queues,
+            ],
         )
         # Only now: a call that raised may have claimed, and is told again under the same nonce.
         self._nonce = _fresh_nonce()
@@ -147,7 +167,7 @@ class ClaimStore:
         return [begun[place - 1][0] for place in self._begin(keys=[], args=args)]
 
     def publish(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Those after which something is still to be done. One round trip."""
+        """Those after which something is still to be done; each is told what became of it. One round trip."""
         args: list[Any] = [keys.PREFIX, self.worker_name, RESULT_TTL_S, FAILURE_TTL_S]
         streams: list[tuple[str, Sequence[Any]]] = []
         for outcome in outcomes:
@@ -157,7 +177,9 @@ class ClaimStore:
                 payload = b""
             args += (outcome.kind, claim.queue, claim.job_id, claim.execution_id, payload, outcome.working_s)
         replies = self._finish_staged(streams, args) if streams else self._finish(keys=[], args=args)
-        return [outcome for outcome, reply in zip(outcomes, replies, strict=True) if reply == 2]
+        for outcome, reply in zip(outcomes, replies, strict=True):
+            outcome.became = _BECAME[outcome.kind] if reply == _DONE else _became(outcome, reply)
+        return [outcome for outcome, reply in zip(outcomes, replies, strict=True) if reply & _HAS_SEQUEL]
 
     def _entry(self, outcome: Outcome) -> Sequence[Any]:
         """A result stream's entry as finish.lua writes it: name, value, ..."""
@@ -165,11 +187,12 @@ class ClaimStore:
         execution_id = outcome.claim.execution_id
         return "type", kind, "worker_name", self.worker_name, name, outcome.payload, "execution_id", execution_id
 
-    def release(self, claims: Sequence[Claim]) -> int:
-        """Back to the head of their queues, in the given order; how many were still ours."""
+    def release(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Back to the head of their queues, in the given order; those that were still ours."""
         if not claims:
-            return 0
-        return int(self._release(keys=[], args=[keys.PREFIX, self.worker_name, *_flat(claims)]))
+            return []
+        places = self._release(keys=[], args=[keys.PREFIX, self.worker_name, *_flat(claims)])
+        return [claims[place - 1] for place in sorted(places)]
 
     def renew(self, claims: Sequence[Claim], worker_ttl_s: int) -> Renewed:
         """Leases extended from now."""
@@ -177,7 +200,8 @@ class ClaimStore:
             keys=[keys.worker(self.worker_name), keys.worker_executions(self.worker_name)],
             args=[keys.PREFIX, self.worker_name, self.lease_s, worker_ttl_s, *_flat(claims)],
         )
-        return Renewed([claims[place - 1] for place in lost], is_known=bool(is_known))
+        canceled = [claims[-place - 1] for place in lost if place < 0]
+        return Renewed([claims[abs(place) - 1] for place in lost], canceled, is_known=bool(is_known))
 
     def recover(self, queue: str) -> Recovered:
         """Takes back the abandoned jobs of a queue."""
@@ -193,6 +217,12 @@ def _fresh_nonce() -> str:
     return os.urandom(6).hex()
 
 
+def _became(outcome: Outcome, reply: int) -> Became:
+    if reply & _DONE:
+        return "retried" if reply & _AGAIN else _BECAME[outcome.kind]
+    return "canceled" if reply & _CANCELED else ""
+
+
 def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:
     queue, job_id, execution_id, data, enqueued_at, *tried = fields
     waited_s = _seconds_since(enqueued_at, claimed_at)
@@ -203,8 +233,9 @@ def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:
     else:
         claim.data = data or b""
     if tried:
-        claim.attempts, retries_left = tried
-        claim.is_last = retries_left == 0
+        claim.attempts, retries_left, *trace = tried
+        claim.is_last = claim.attempts > 0 and retries_left == 0
+        claim.trace = tuple(trace) or None
     return claim
 
 

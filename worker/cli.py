@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import click
 
-from embedq.model import DeviceLostError, ModelError
+from embedq.model import DeviceLostError, ModelDownloadError, ModelError, OutOfMemoryError
 from embedq.model.bench_cli import bench_group
 from embedq.model.cli import model_group
 from embedq.producer import cli as client
@@ -33,36 +33,46 @@ from embedq.producer.errors import (
     QueueServerError,
     ResultTimeoutError,
 )
-from embedq.worker import logs, processes
+from embedq.worker import logs
+from embedq.worker.probe import health
+from embedq.worker.processes import follow_parent, retitle
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 from embedq.worker.startup import leaving_at_once, until_served
+from embedq.worker.statuses import (
+    EXIT_DEVICE_LOST,
+    EXIT_INTERRUPTED,
+    EXIT_MODEL,
+    EXIT_MODEL_LATER,
+    EXIT_NO_JOB,
+    EXIT_NO_RESULT,
+    EXIT_OTHER,
+    EXIT_REDIS,
+    EXIT_USAGE,
+    MEANINGS,
+)
+from embedq.worker.supervision import (
+    ALL_CUDA,
+    MAX_PROCESSES,
+    RestartOrder,
+    SupervisorSettings,
+    supervise,
+)
 
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 #: The first class that fits an error gives the exit status; any other error gives 1.
 EXIT_STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (InvalidRequestError, EXIT_USAGE),
     (ConfigurationError, EXIT_USAGE),
-    (JobNotFoundError, 3),
-    (ResultTimeoutError, 4),
-    (QueueConnectionError, 5),
-    (QueueServerError, 5),
-    (DeviceLostError, 7),
-    (ModelError, 6),
+    (JobNotFoundError, EXIT_NO_JOB),
+    (ResultTimeoutError, EXIT_NO_RESULT),
+    (QueueConnectionError, EXIT_REDIS),
+    (QueueServerError, EXIT_REDIS),
+    (DeviceLostError, EXIT_DEVICE_LOST),
+    (ModelDownloadError, EXIT_MODEL_LATER),
+    (OutOfMemoryError, EXIT_MODEL_LATER),
+    (ModelError, EXIT_MODEL),
 )
 
-_EPILOG = """\b
-Exit status:
-  0  done
-  1  the job failed or was canceled, or another error
-  2  wrong usage: an option, a text, a URL or a setting that cannot work
-  3  no such job, or it has expired; of a worker: its grace was too short
-  4  no result in time
-  5  Redis cannot be reached, or refuses
-  6  the model cannot be had, read or run
-  7  of a worker: its device is lost, a new process may get it back
-  8  of a worker: a micro-batch did not end
-  130  interrupted"""
+_EPILOG = "\n".join(["\b", "Exit status:", *(f"  {status}  {meaning}" for status, meaning in MEANINGS.items())])
 
 
 class ErrorLine(click.ClickException):
@@ -83,7 +93,7 @@ class ErrorLine(click.ClickException):
 def _error_line(err: Exception) -> ErrorLine:
     # What stopped an enqueueing half-way says what kind of error it is.
     cause = err.__cause__ if isinstance(err, PartialEnqueueError) else err
-    return ErrorLine(str(err), next((status for kind, status in EXIT_STATUSES if isinstance(cause, kind)), 1))
+    return ErrorLine(str(err), next((status for kind, status in EXIT_STATUSES if isinstance(cause, kind)), EXIT_OTHER))
 
 
 def _usage_line(err: click.UsageError) -> click.ClickException:
@@ -132,7 +142,7 @@ def main(context: click.Context, debug: bool) -> None:
     At home: embedq up            then  embedq embed "a text" --url URL
     A fleet: embedq worker --url redis://...
     """
-    processes.retitle(context.invoked_subcommand or "")
+    retitle(context.invoked_subcommand or "")
     logs.configure("text", logging.DEBUG if debug else logging.INFO)
 
 
@@ -165,8 +175,13 @@ def _setting(name: str, **attributes: Any) -> Any:
 _ENCODER_SETTINGS = (
     _setting("model", help="Name, hub id or folder of the model; noop:768 is a stand-in without torch."),
     _setting("revision", help="Branch, tag or commit of a hub model."),
-    _setting("device", help="auto, cpu, cuda, cuda:1 or mps."),
+    _setting("device", help="auto, cpu, cuda, cuda:1 or mps; for several processes also cuda:all, each device's own."),
     _setting("dtype", help="auto, float32, bfloat16, float16 or int8."),
+    _setting(
+        "threads",
+        type=int,
+        help="Threads on the CPU; default: OMP_NUM_THREADS, else one a core, within the container's limit.",
+    ),
     _setting("attention", help="auto, bmm, sdpa, or native on a CPU with AVX-512."),
     _setting("kernels", help="On a CPU: auto, native (this package's own, for AVX-512) or torch."),
     _setting("calibration", help="File of ranges for int8 and uint8 vectors; default: the model's own."),
@@ -206,6 +221,18 @@ _QUEUE_SETTINGS = (
         help="Milliseconds from enqueueing to the end of encoding that micro-batches are cut for; default: full ones.",
     ),
     _setting("log_format", type=click.Choice(get_args(LogFormat)), help="Log lines for people or for programs."),
+    _setting("metrics_port", type=int, help="Port of /livez, /readyz and /metrics; 0: a free one; default: none."),
+    _setting("metrics_host", help="Address on which they are served; 0.0.0.0: every one."),
+    # A socket that listens already: the supervisor's own way to its processes.
+    _setting("metrics_fd", type=int, hidden=True),
+    _setting(
+        "liveness_timeout_s", type=float, help="Seconds without progress on jobs in hand after which /livez is red."
+    ),
+    _setting(
+        "tracing",
+        is_flag=True,
+        help="Spans of traced jobs, sent by OTLP as the OTEL_ variables say; default: if they name an endpoint.",
+    ),
 )
 
 
@@ -215,12 +242,44 @@ def _settings_options(command: Any) -> Any:
     return command
 
 
+def _supervisor_setting(name: str, **attributes: Any) -> Any:
+    default = SupervisorSettings.__dataclass_fields__[name].default
+    return click.option(f"--{name.replace('_', '-')}", name, default=default, show_default=True, **attributes)
+
+
+_SUPERVISOR_SETTINGS = (
+    click.option(
+        "--processes",
+        type=click.IntRange(1, MAX_PROCESSES),
+        help="Run so many worker processes, with cuda:all on each device, under a supervisor that keeps them running.",
+    ),
+    _supervisor_setting(
+        "hang_timeout_s",
+        type=float,
+        help="Seconds without an answer after which the supervisor replaces a process.",
+    ),
+    _supervisor_setting(
+        "restart_order",
+        type=click.Choice(get_args(RestartOrder)),
+        help="Upon SIGHUP: the new process is ready before the old one ends, or the other way; auto: that on a GPU.",
+    ),
+)
+
+
+def _supervisor_options(command: Any) -> Any:
+    for option in reversed(_SUPERVISOR_SETTINGS):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("queues", nargs=-1, envvar=environment_variable("queue"))
 @client.url_option
-@click.option("--name", help="The worker's name; default: host, process and chance.")
+@click.option(
+    "--name", help="The worker's name; default: host, process and chance. Of several processes its beginning."
+)
 @click.option("--burst", is_flag=True, help="Stop once the queues are empty.")
-@click.option("--max-jobs", type=click.IntRange(min=1), help="Stop after so many jobs.")
+@click.option("--max-jobs", type=click.IntRange(min=1), help="Stop after so many jobs; each of several processes.")
 @click.option(
     "--dequeue-strategy",
     type=click.Choice(get_args(DequeueStrategyName)),
@@ -228,6 +287,9 @@ def _settings_options(command: Any) -> Any:
     show_default=True,
     help="The most urgent queue first, or each queue in turn, or at random.",
 )
+# The process that supervises this one.
+@click.option("--child-of", type=int, hidden=True)
+@_supervisor_options
 @_settings_options
 @click.pass_context
 def worker(
@@ -239,6 +301,10 @@ def worker(
     burst: bool,
     max_jobs: int | None,
     dequeue_strategy: str,
+    child_of: int | None,
+    processes: int | None,
+    hang_timeout_s: float,
+    restart_order: RestartOrder,
     **settings: Any,
 ) -> None:
     """Drain QUEUES (default: embed), the most urgent first, until stopped.
@@ -247,31 +313,68 @@ def worker(
     finish the micro-batch on the device and give the other claimed jobs back; a second signal leaves at once, and so
     does the first while the worker starts.
 
+    Several processes have a supervisor: it starts again what ended or hangs, SIGHUP replaces them one after the other,
+    and SIGTERM and Ctrl-C end them all.
+
     \b
     embedq worker --url redis://redis:6379/0 --device cuda
     embedq worker --url redis+sentinel://sentinel-1,sentinel-2,sentinel-3/mymaster/0
     embedq worker urgent bulk --burst
+    embedq worker --device cuda:all --metrics-port 9463
     """
     with leaving_at_once():
-        from rq.worker import DequeueStrategy
-
-        from embedq.worker.worker import EmbedWorker
-
+        if child_of is not None:
+            follow_parent(child_of)
         checked = WorkerSettings(**settings)
-        logs.configure(checked.log_format, logging.DEBUG if context.find_root().params.get("debug") else logging.INFO)
-        connection = connect(url)
-        names = [check_queue_name(queue) for queue in queues or [DEFAULT_QUEUE]]
-        processes.retitle(f"worker {printable(' '.join(names))}")
+        is_debugging = bool(context.find_root().params.get("debug"))
         name = name or f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
+        logs.configure(checked.log_format, logging.DEBUG if is_debugging else logging.INFO, worker=name)
+        names = [check_queue_name(queue) for queue in queues or [DEFAULT_QUEUE]]
+        shown = printable(" ".join(names))
+        if processes is None and checked.device != ALL_CUDA:
+            retitle(f"worker {shown}")
+            _work(names, url, checked, name, burst, max_jobs, dequeue_strategy)
+            return
+        retitle(f"worker supervisor {shown}")
+        ending = supervise(
+            url,
+            names,
+            checked,
+            SupervisorSettings(processes=processes or 1, hang_timeout_s=hang_timeout_s, restart_order=restart_order),
+            name=name,
+            burst=burst,
+            max_jobs=max_jobs,
+            dequeue_strategy=dequeue_strategy,
+            debug=is_debugging,
+        )
+        if ending.status:
+            raise ErrorLine(ending.words, ending.status)
 
-        def make() -> EmbedWorker:
-            connection.ping()
-            return EmbedWorker(names, name=name, connection=connection, settings=checked)
 
-        with translated_errors(connection):
-            # Before the model is loaded.
-            made = until_served(connection, make, checked.startup_timeout_s)
-            made.work(burst=burst, max_jobs=max_jobs, dequeue_strategy=DequeueStrategy(dequeue_strategy))
+def _work(
+    queues: list[str],
+    url: str,
+    settings: WorkerSettings,
+    name: str,
+    burst: bool,
+    max_jobs: int | None,
+    dequeue_strategy: str,
+) -> None:
+    """In this process."""
+    from rq.worker import DequeueStrategy
+
+    from embedq.worker.worker import EmbedWorker
+
+    connection = connect(url)
+
+    def make() -> EmbedWorker:
+        connection.ping()
+        return EmbedWorker(queues, name=name, connection=connection, settings=settings)
+
+    with translated_errors(connection):
+        # Before the model is loaded.
+        made = until_served(connection, make, settings.startup_timeout_s)
+        made.work(burst=burst, max_jobs=max_jobs, dequeue_strategy=DequeueStrategy(dequeue_strategy))
 
 
 @click.command()
@@ -317,7 +420,7 @@ def _name_variables(command: click.Command) -> None:
             _name_variables(inner)
 
 
-for _command in (demo, up, worker, *client.COMMANDS, *fleet_cli.COMMANDS, model_group, bench_group):
+for _command in (demo, health, up, worker, *client.COMMANDS, *fleet_cli.COMMANDS, model_group, bench_group):
     main.add_command(_command)
 _name_variables(main)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from embedq.worker.claims import Outcome
+from embedq.worker.statuses import EXIT_GRACE_OVER
 
 logger = logging.getLogger("embedq.worker")
 
@@ -20,8 +21,6 @@ logger = logging.getLogger("embedq.worker")
 SAME_SIGNAL_S = 1.0
 #: Seconds that a hanging Redis may cost beyond the grace.
 LAST_WORDS_S = 2.0
-#: Exit statuses: after a grace that was too short, and after a micro-batch that did not end.
-EXIT_GRACE_OVER, EXIT_HANGS = 3, 8
 
 
 class Departure:

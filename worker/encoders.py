@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from embedq.model import Encoder, NoopEncoder
 from embedq.producer.errors import ConfigurationError
+from embedq.worker.cores import default_threads
 from embedq.worker.settings import WorkerSettings
 
 
@@ -19,6 +22,7 @@ def load_encoder(settings: WorkerSettings) -> Encoder:
         raise ConfigurationError(
             f"{err.name} is not installed, which {settings.model} needs: pip install 'embedq[worker]'"
         ) from err
+    _set_threads(settings.threads)
     return SentenceEncoder.load(
         settings.model,
         device=settings.device,
@@ -31,3 +35,13 @@ def load_encoder(settings: WorkerSettings) -> Encoder:
         allow_tf32=settings.allow_tf32,
         calibration=settings.calibration,
     )
+
+
+def _set_threads(threads: int | None) -> None:
+    """Before the first tensor. All kernels of the model run on torch's team; the tokenizer has threads of its own."""
+    import torch
+
+    threads = threads or default_threads(torch.get_num_threads())
+    torch.set_num_threads(threads)
+    # The tokenizer's start with the first text.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))

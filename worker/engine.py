@@ -7,7 +7,6 @@ its job's alone.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,8 +26,10 @@ from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import JobFailedError
 from embedq.producer.options import EmbedOptions
 from embedq.producer.wire import EmbedRequest
+from embedq.worker.batch_log import BatchLog
 from embedq.worker.failures import ENDINGS, job_failure
 from embedq.worker.isolation import Isolation, Watching
+from embedq.worker.observer import Encoded, Observer
 from embedq.worker.planning import ReadyJob, ReadyTexts
 
 #: Bytes that the vectors of one job with token output may have.
@@ -40,8 +41,6 @@ MAX_CHECKED_OPTIONS = 256
 
 #: Texts with one vector and texts with one a token never share a micro-batch.
 _KINDS = {"sentence": 0, "tokens": 1}
-
-logger = logging.getLogger("embedq.worker")
 
 
 @dataclass(slots=True, eq=False)
@@ -147,12 +146,15 @@ class Engine:
         max_batch_tokens: int | None = None,
         worker_name: str = "",
         watching: Watching = nullcontext,
+        observer: Observer | None = None,
     ) -> None:
         self.encoder = encoder
         # An encoder may have found on its device that less fits than was asked for.
         self.max_batch_tokens = min(max_batch_tokens or encoder.max_batch_tokens, encoder.max_batch_tokens)
         self.worker_name = worker_name
+        self.log = BatchLog(self.max_batch_tokens)
         self.isolation = Isolation(encoder, self._encode, self.max_batch_tokens, watching)
+        self._observer = observer or Observer()
         #: options that this encoder can serve
         self._checked: set[EmbedOptions] = set()
 
@@ -272,15 +274,13 @@ class Engine:
         self.isolation.encode(pieces, num_tokens)
         took_s = time.monotonic() - began_at
         counts = Counter([work for work, _ in pieces])
+        self._observer.encoded(Encoded(pieces, counts.keys(), num_tokens, began_at, took_s))
         for work, count in counts.items():
             work.encode_s += took_s
             work.busy_s += took_s * count / len(pieces)
             work.batch_texts = max(work.batch_texts, len(pieces))
             work.batch_tokens = max(work.batch_tokens, num_tokens)
-        logger.info(
-            "micro-batch: %d texts of %d jobs, %d tokens, %.0f ms",
-            *(len(pieces), len(counts), num_tokens, took_s * 1000),
-        )
+        self.log.add(len(pieces), len(counts), num_tokens, took_s)
         return [work for work in counts if work.is_done]
 
     def finish_all(self, works: Sequence[Work]) -> list[Finished]:

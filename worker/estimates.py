@@ -1,6 +1,10 @@
-"""What a worker learns from the work that goes by: how many bytes fill a micro-batch, how long one takes. Pure."""
+"""What a worker learns from the work that goes by: how many bytes fill a micro-batch, how long one takes, how many
+tokens the device can do. Pure.
+"""
 
 from __future__ import annotations
+
+import math
 
 
 class ClaimBudget:
@@ -27,6 +31,11 @@ class ClaimBudget:
     def tokens(self, num_bytes: int) -> int:
         """What so many bytes of data will come to."""
         return int(num_bytes * self._tokens_per_byte)
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Of compressed data."""
+        return self._tokens_per_byte
 
     def learn(self, num_bytes: int, num_tokens: int) -> None:
         """One claim's data came to so many tokens."""
@@ -74,3 +83,29 @@ class EncodeTime:
         if slope <= 0 or start < 0:
             return 0.0, mean_y / mean_x
         return start, slope
+
+
+class Capacity:
+    """Tokens a second of a device that is busy, as its recent micro-batches show it.
+
+    A micro-batch counts as much as it is full: where little is to do they are small, and say little of what could be
+    done.
+    """
+
+    #: Full micro-batches' worth of tokens after which the past weighs a third of what it did.
+    _MEMORY_BATCHES = 64
+
+    def __init__(self, max_batch_tokens: int) -> None:
+        self._max_batch_tokens = max_batch_tokens
+        self._tokens = self._seconds = 0.0
+
+    def learn(self, num_tokens: int, seconds: float) -> None:
+        fill = num_tokens / self._max_batch_tokens
+        keep = math.exp(-fill / self._MEMORY_BATCHES)
+        self._tokens = keep * self._tokens + fill * num_tokens
+        self._seconds = keep * self._seconds + fill * seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        """0 as long as nothing was learnt."""
+        return self._tokens / self._seconds if self._seconds > 0 else 0.0

@@ -30,7 +30,8 @@ def job_failure(err: BaseException) -> JobFailedError:
         return JobFailedError(str(err), code=err.code, retryable=err.retryable, text_index=index)
     if isinstance(err, MemoryError):
         return JobFailedError("the worker has not enough memory for this job", code=OUT_OF_MEMORY, retryable=True)
-    logger.error("the encoder failed on a job: %s", type(err).__name__)
+    name = type(err).__name__
+    logger.error("the encoder failed on a job: %s", name, extra={"event": "encoder_failed", "error": name})
     logger.debug("the encoder failed on a job", exc_info=err)
     return JobFailedError(said(err), code="internal", retryable=True)
 

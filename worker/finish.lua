@@ -14,10 +14,12 @@
 --       the name of the job's own, a colon and the execution id. Of one that is parked, the version
 --   +5  seconds of work
 --
--- Returns for each job 0: held no longer, nothing changed; 1: done; 2: done, now or by the same call before, and
--- something is still to be done after it. Staged streams that were not used stay where they are.
+-- Returns for each job the sum of 1: done, now or, as far as its result shows it, by the same call before; 2: something
+-- is still to be done after it; 4: what was done is that it is tried again; 8: not done, as it is canceled. 0: held no
+-- longer, nothing changed. Staged streams that were not used stay where they are.
 
 local FIELDS = 6
+local DONE, HAS_SEQUEL, AGAIN, CANCELED = 1, 2, 4, 8
 local ENTRIES = {finished = {1, 'return_value'}, failed = {2, 'exc_string'}}
 
 local prefix, worker = ARGV[1], ARGV[2]
@@ -48,7 +50,28 @@ local function told(queue, id, has_sequel)
   if has_sequel then
     note_sequel(prefix, queue, id)
   end
-  return has_sequel and 2 or 1
+  return has_sequel and DONE + HAS_SEQUEL or DONE
+end
+
+-- Whether the job's last result is this execution's: the same call came before, and its reply was lost.
+local function was_published(id, execution)
+  local entries = redis.pcall('XREVRANGE', prefix .. ':results:' .. id, '+', '-', 'COUNT', 1)
+  local fields = entries[1] and entries[1][2] or {} -- none of a key of another type
+  for i = 1, #fields, 2 do
+    if fields[i] == 'execution_id' then
+      return fields[i + 1] == execution
+    end
+  end
+  return false
+end
+
+-- What is said of a job that this execution does not hold.
+local function told_of_other(queue, id, execution, status)
+  local sequel = redis.call('ZSCORE', prefix .. ':embedq:sequels:' .. queue, id) and HAS_SEQUEL or 0
+  if status == 'canceled' then
+    return CANCELED + sequel
+  end
+  return (was_published(id, execution) and DONE or 0) + sequel
 end
 
 local function publish(i)
@@ -57,7 +80,7 @@ local function publish(i)
   local pair = id .. ':' .. execution
   if not held[pair] or job.status ~= 'started' then
     end_execution(prefix, queue, id, execution, worker)
-    return redis.call('ZSCORE', prefix .. ':embedq:sequels:' .. queue, id) and 2 or 0
+    return told_of_other(queue, id, execution, job.status)
   end
   execution_keys[#execution_keys + 1] = prefix .. ':execution:' .. pair
   execution_keys[#execution_keys + 1] = prefix .. ':executions:' .. id
@@ -67,13 +90,13 @@ local function publish(i)
     parked = parked + 1
     wait_again(prefix, id)
     redis.call('ZADD', prefix .. ':embedq:parked:' .. queue, ARGV[i + 4], id)
-    return 1
+    return DONE
   end
   if outcome ~= 'finished' then
     failures = failures + 1
     local again = outcome == 'retry' and try_again(prefix, queue, id)
     if again then
-      return told(queue, id, again == 'scheduled' and job.has_rate_limit)
+      return AGAIN + told(queue, id, again == 'scheduled' and job.has_rate_limit)
     end
   end
   local status = outcome == 'finished' and 'finished' or 'failed'

@@ -16,28 +16,43 @@ from embedq.producer.errors import JobFailedError
 from embedq.producer.settings import FAILURE_TTL_S
 from embedq.worker.claims import Claim
 from embedq.worker.leases import LeaseKeeper
+from embedq.worker.observer import Observer
 from embedq.worker.sequels import Sequels
 
 logger = logging.getLogger("embedq.worker")
+
+#: The failure's code of a stopped job.
+STOPPED = "stopped"
 
 
 class Interruptions:
     """What the commands stop-job, stop-execution and our cancel come to. Raises redis-py's errors."""
 
-    def __init__(self, client: redis.Redis, worker_name: str, leases: LeaseKeeper, sequels: Sequels) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        worker_name: str,
+        leases: LeaseKeeper,
+        sequels: Sequels,
+        observer: Observer | None = None,
+    ) -> None:
         self._worker_name = worker_name
         self._leases = leases
         self._sequels = sequels
+        self._observer = observer or Observer()
         self._stop = scripts.load(client, __package__, "stop")
 
     def stop(self, job_id: str, execution_id: str | None = None) -> None:
         """Ends the job as stopped, if it is in hand."""
         claims = self._in_hand(job_id, execution_id)
         if not claims:
-            logger.warning("told to stop job %.100r, which is not in hand", job_id)
+            logger.warning("told to stop a job that is not in hand")
+            logger.debug("job %.100r is not in hand", job_id, extra={"job": job_id[:100]})
         for claim in claims:
             if self._stop_claim(claim):
-                logger.warning("job %s is stopped on request", job_id)
+                logger.warning("a job is stopped on request")
+                logger.debug("job %s is stopped on request", job_id, extra={"job": job_id})
+                self._observer.stopped(claim, STOPPED)
                 self._sequels.follow_all(claim.queue, [job_id])
             self._leases.lose([claim])
 
@@ -54,6 +69,6 @@ class Interruptions:
         ]
 
     def _stop_claim(self, claim: Claim) -> bool:
-        reason = JobFailedError("the job was stopped on request", code="stopped")
+        reason = JobFailedError("the job was stopped on request", code=STOPPED)
         args = [keys.PREFIX, self._worker_name, claim.queue, claim.job_id, claim.execution_id]
         return bool(self._stop(keys=[], args=[*args, wire.encode_exc_string(reason), FAILURE_TTL_S]))

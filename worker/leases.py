@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Sequence
 import redis
 
 from embedq.worker.claims import RECOVER_JOBS, Claim, ClaimStore
+from embedq.worker.observer import Observer
 
 logger = logging.getLogger("embedq.worker")
 
 #: Renewals within one lease.
 RENEWALS = 4
+#: Of the time between two renewals: one that comes so much later is late.
+LATE = 1.25
 #: Seconds between two looks for abandoned jobs, at most.
 RECOVER_EVERY_S = 10.0
 #: Calls of a queue in one round: more would hold up the renewals.
@@ -39,6 +42,7 @@ class LeaseKeeper:
         on_abandoned: Callable[[str, list[str]], None],
         on_forgotten: Callable[[], None],
         on_tick: Callable[[], object] = lambda: None,
+        observer: Observer | None = None,
     ) -> None:
         self._store = store
         self._queues = list(queues)
@@ -46,6 +50,7 @@ class LeaseKeeper:
         self._on_abandoned = on_abandoned
         self._on_forgotten = on_forgotten
         self._on_tick = on_tick
+        self._observer = observer or Observer()
         self._held: dict[str, Claim] = {}
         self._lost: set[str] = set()
         self._lock = threading.Lock()
@@ -65,6 +70,15 @@ class LeaseKeeper:
         with self._lock:
             self._held.update((claim.execution_id, claim) for claim in claims)
 
+    @property
+    def num_held(self) -> int:
+        return len(self._held)
+
+    @property
+    def is_running(self) -> bool:
+        """False also once it was told to stop."""
+        return self._thread.is_alive()
+
     def drop(self, claims: Iterable[Claim]) -> None:
         with self._lock:
             for claim in claims:
@@ -83,7 +97,7 @@ class LeaseKeeper:
     def _run(self) -> None:
         every_s = self._store.lease_s / RENEWALS
         recover_every_s = min(RECOVER_EVERY_S, every_s)
-        next_renewal = next_recovery = next_tick = time.monotonic()
+        next_renewal = next_recovery = next_tick = renewed_at = time.monotonic()
         failing = False
         while not self._stop.is_set():
             now = time.monotonic()
@@ -91,6 +105,8 @@ class LeaseKeeper:
                 if now >= next_renewal:
                     self.renew()
                     next_renewal = now + every_s
+                    self._observer.renewed(is_late=time.monotonic() - renewed_at > LATE * every_s)
+                    renewed_at = time.monotonic()
                 if now >= next_recovery:
                     self.recover()
                     next_recovery = now + recover_every_s
@@ -121,15 +137,20 @@ class LeaseKeeper:
         renewed = self._store.renew(self.held() if claims is None else claims, self._worker_ttl_s)
         if not renewed.is_known:
             self._on_forgotten()
-        self.lose(renewed.lost)
+        newly_lost = self.lose(renewed.lost)
+        if canceled := [claim for claim in newly_lost if claim in renewed.canceled]:
+            self._observer.canceled(canceled)
 
-    def lose(self, claims: Iterable[Claim]) -> None:
-        """Marks as lost those of the claims that are held."""
+    def lose(self, claims: Iterable[Claim]) -> list[Claim]:
+        """Marks as lost those of the claims that are held; returns those that were not lost before."""
         with self._lock:
-            still_lost = [claim for claim in claims if claim.execution_id in self._held]
-            self._lost.update(claim.execution_id for claim in still_lost)
-        for claim in still_lost:
-            logger.debug("job %s is not this worker's any more", claim.job_id)
+            newly_lost = [
+                claim for claim in claims if claim.execution_id in self._held and claim.execution_id not in self._lost
+            ]
+            self._lost.update(claim.execution_id for claim in newly_lost)
+        for claim in newly_lost:
+            logger.debug("job %s is not this worker's any more", claim.job_id, extra={"job": claim.job_id})
+        return newly_lost
 
     def recover(self) -> None:
         """One round over this worker's queues. A dead worker may have held more than one call takes back."""
@@ -141,10 +162,12 @@ class LeaseKeeper:
     def _recover(self, queue: str) -> int:
         """How many leases were taken back."""
         recovered = self._store.recover(queue)
+        self._observer.recovered(queue, recovered)
         if recovered.retried or recovered.failed:
             logger.warning(
                 "queue %s: the leases of dead workers ran out; %d jobs are tried again, %d failed",
                 *(queue, recovered.retried, recovered.failed),
+                extra={"event": "recovered_jobs", "queue": queue, "jobs": recovered.retried + recovered.failed},
             )
         if recovered.with_sequel:
             self._on_abandoned(queue, recovered.with_sequel)

@@ -10,11 +10,10 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -25,16 +24,15 @@ from embedq.producer.client import check_queue_name
 from embedq.producer.connection import connect
 from embedq.producer.errors import ConfigurationError, EmbedqError
 from embedq.worker import processes
+from embedq.worker.invocation import worker_command, worker_environment
 from embedq.worker.redis_server import RedisServer
-from embedq.worker.settings import ENVIRONMENT_PREFIX, WorkerSettings
+from embedq.worker.settings import WorkerSettings
 
 #: Seconds that a worker may take to load its model before it counts as stuck.
 WORKER_START_TIMEOUT_S = 120.0
 #: Seconds beyond the worker's own grace before it is killed.
 EXTRA_GRACE_S = 5.0
 WATCH_EVERY_S = 0.2
-#: Variables of ours that are no options.
-INHERITED_VARIABLES = ("EMBEDQ_CACHE", "EMBEDQ_MODEL_SOURCE")
 
 
 class WorkerProcess:
@@ -50,7 +48,8 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Returns once the worker takes jobs. Raises ConfigurationError with its last words if it ends instead."""
-        self._process = processes.start(self._command(), self.log, _environment())
+        command = worker_command([self._queue], self._settings, ["--name", self._name])
+        self._process = processes.start(command, self.log, worker_environment(self.url))
         deadline = time.monotonic() + WORKER_START_TIMEOUT_S
         with connect(self.url) as client:
             while not any(worker.name == self._name for worker in fleet.look(client).workers):
@@ -69,28 +68,6 @@ class WorkerProcess:
         if self._process is not None:
             processes.stop(self._process, self._settings.grace_s + EXTRA_GRACE_S)
             self._process = None
-
-    def _command(self) -> list[str]:
-        command = [sys.executable, "-m", "embedq.worker.cli", "worker", "--url", self.url, "--name", self._name]
-        for setting in fields(self._settings):
-            value, flag = getattr(self._settings, setting.name), setting.name.replace("_", "-")
-            if isinstance(value, bool):
-                command.append(f"--{flag}" if value else f"--no-{flag}")
-            elif isinstance(value, tuple):
-                for item in value:
-                    command += [f"--{flag.removesuffix('s')}", item]
-            elif value is not None:
-                command += [f"--{flag}", str(value)]
-        return [*command, "--", self._queue]
-
-
-def _environment() -> dict[str, str]:
-    """All settings go by flags: what is set for commands typed here (EMBEDQ_BURST, ...) is not meant for the child."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in INHERITED_VARIABLES
-    }
 
 
 @contextmanager

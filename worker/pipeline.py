@@ -6,10 +6,11 @@ order and bounds; what a stage does to a job is `Stages`'.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -77,11 +78,29 @@ class DeviceTime:
         self.seconds: dict[DeviceTime.State, float] = {"encoding": 0.0, "starved": 0.0, "idle": 0.0}
         self._state: DeviceTime.State = "idle"
         self._since = time.monotonic()
+        self._lock = threading.Lock()
 
     def enter(self, state: State) -> None:
-        now = time.monotonic()
-        self.seconds[self._state] += now - self._since
-        self._state, self._since = state, now
+        with self._lock:
+            now = time.monotonic()
+            self.seconds[self._state] += now - self._since
+            self._state, self._since = state, now
+
+    @contextlib.contextmanager
+    def encoding(self) -> Iterator[None]:
+        """While the block runs; then there is still work."""
+        self.enter("encoding")
+        try:
+            yield
+        finally:
+            self.enter("starved")
+
+    def so_far(self) -> dict[State, float]:
+        """The seconds, with what has passed of the state that it is in. For any thread."""
+        with self._lock:
+            seconds = dict(self.seconds)
+            seconds[self._state] += time.monotonic() - self._since
+        return seconds
 
     @property
     def starved_share(self) -> float:
@@ -147,6 +166,23 @@ class Pipeline:
     def num_jobs(self) -> int:
         """Claimed and not published."""
         return self._num_jobs
+
+    def prefetched_jobs(self) -> int:
+        """Jobs with texts that are not on the device yet. For any thread."""
+        with self._lock:
+            claimed = sum([len(claims) for claims, _ in self._claimed])
+            return claimed + len({id(work) for work, _ in (*self._ready.items(), *(self._next or ()))})
+
+    def prefetched_tokens(self) -> int:
+        """Tokens that are not on the device yet, estimated where they are not counted yet. For any thread."""
+        with self._lock:
+            return self._claimed_tokens + self._ready.num_tokens + self._next_tokens
+
+    def dead_threads(self) -> list[str]:
+        """Names of those that have ended though nothing has stopped the pipeline."""
+        if self._is_stopping:
+            return []
+        return [thread.name for thread in self._threads if thread.ident is not None and not thread.is_alive()]
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Until there is room for one more micro-batch; false after the timeout or when it stops."""

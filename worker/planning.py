@@ -87,6 +87,10 @@ class ReadyTexts:
     def num_tokens(self) -> int:
         return int(self._lengths.sum()) + self._num_fresh_tokens
 
+    def items(self) -> list[Any]:
+        """All that wait, in no order."""
+        return [*self._items, *(item for job in self._fresh for item in job.items)]
+
     @property
     def tokens_ahead(self) -> int:
         """Of each job no more than one micro-batch's worth: the rest gives way to what is claimed next."""

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from setproctitle import setproctitle
@@ -41,6 +41,50 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
             start_new_session=True,
             preexec_fn=_die_with_parent(),
         )
+
+
+def spawn(
+    command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Starts a command whose output, both kinds in one pipe, we read.
+
+    May be called beside threads: no code of ours runs between fork and exec. The command calls `follow_parent`.
+    """
+    # This Python.
+    return subprocess.Popen(  # nosec B603
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        pass_fds=pass_fds,
+    )
+
+
+def follow_parent(parent: int) -> None:
+    """Has the kernel send us SIGTERM when the thread that started us ends. Ends us if its process has ended already."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def reap_strangers(ours: Collection[int]) -> None:
+    """Takes note of ended processes that were left to us, as process 1 of a container must. `ours` are left alone."""
+    while ended := _ended_child():
+        if ended in ours:
+            return
+        os.waitpid(ended, os.WNOHANG)
+
+
+def _ended_child() -> int | None:
+    """The number of one, which stays as it is."""
+    try:
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    return found.si_pid if found else None
 
 
 def stop(process: subprocess.Popen[bytes], grace_s: float) -> int:

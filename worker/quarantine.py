@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from embedq.producer.errors import JobFailedError
 from embedq.worker.claims import Claim, ClaimStore
 from embedq.worker.engine import Work
+from embedq.worker.pipeline import DeviceTime
 from embedq.worker.planning import ReadyJob, ReadyTexts
 from embedq.worker.stages import WorkerStages
 
@@ -27,10 +28,13 @@ GROUP_JOBS = 128
 class Quarantine:
     """For the claiming thread, while the pipeline is empty."""
 
-    def __init__(self, stages: WorkerStages, store: ClaimStore, max_batch_tokens: int) -> None:
+    def __init__(
+        self, stages: WorkerStages, store: ClaimStore, max_batch_tokens: int, device_time: DeviceTime | None = None
+    ) -> None:
         self._stages = stages
         self._store = store
         self._max_batch_tokens = max_batch_tokens
+        self._device_time = device_time or DeviceTime()
         self._claims: deque[Claim] = deque()
 
     def __len__(self) -> int:
@@ -55,6 +59,7 @@ class Quarantine:
         thread = threading.Thread(target=work, name="embedq-quarantine", daemon=True)
         thread.start()
         thread.join()
+        self._device_time.enter("idle")
         if raised:
             raise raised[0]
 
@@ -111,7 +116,9 @@ class Quarantine:
         ready = ReadyTexts(self._max_batch_tokens)
         ready.add(jobs)
         while ready and not is_stopping():
-            self._stages.publish(self._stages.encode(ready.take()))
+            with self._device_time.encoding():
+                done = self._stages.encode(ready.take())
+            self._stages.publish(done)
 
 
 def _ready_text(work: Work, index: int) -> ReadyJob:

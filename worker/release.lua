@@ -5,10 +5,10 @@
 -- ARGV[2]  the worker's name
 -- then     queue name, job id, execution id for each job, in the order of the claim
 --
--- Returns how many were given back; those no longer held are left alone.
+-- Returns the places (1, 2, ...) of those that were given back; those no longer held are left alone.
 
 local prefix, worker = ARGV[1], ARGV[2]
-local released, is_clear = 0, {}
+local released, is_clear = {}, {}
 for i = #ARGV - 2, 3, -3 do
   local queue, id, execution = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if not is_clear[queue] then
@@ -20,7 +20,7 @@ for i = #ARGV - 2, 3, -3 do
   end_execution(prefix, queue, id, execution, worker)
   if is_held then
     put_back(prefix, queue, id, 'LPUSH')
-    released = released + 1
+    released[#released + 1] = i / 3
   end
 end
 return released

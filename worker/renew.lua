@@ -8,7 +8,8 @@
 -- ARGV[4]  seconds until the worker counts as dead
 -- then     queue name, job id, execution id for each job
 --
--- Returns {whether Redis knows the worker 0|1, then the places (1, 2, ...) of the jobs that it no longer holds}.
+-- Returns {whether Redis knows the worker 0|1, then the places (1, 2, ...) of the jobs that it no longer holds: below 0
+-- (-1, -2, ...) of those that are canceled}.
 
 local prefix, worker, now, lease = ARGV[1], ARGV[2], timestamp(), tonumber(ARGV[3])
 local ends, keep = clock() + lease, math.ceil(lease) + 3600
@@ -35,7 +36,8 @@ for i = 5, #ARGV, 3 do
     redis.call('HSET', prefix .. ':job:' .. id, 'last_heartbeat', now)
   else
     end_execution(prefix, queue, id, execution, worker)
-    replies[#replies + 1] = (i - 2) / 3
+    local is_canceled = redis.pcall('HGET', prefix .. ':job:' .. id, 'status') == 'canceled'
+    replies[#replies + 1] = (i - 2) / 3 * (is_canceled and -1 or 1)
   end
 end
 if replies[1] == 1 then

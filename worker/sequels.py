@@ -67,7 +67,7 @@ class Sequels:
         Where many callbacks wait, it waits for its turn to join them, but only so long.
         """
         job = None
-        with errors_logged(f"what follows job {job_id}"):
+        with errors_logged("what follows a job", job_id):
             job = self._settle(queue_name, job_id)
         # Whoever strikes it off calls back; another worker may have been faster.
         is_ours = self._client.zrem(keys.sequels(queue_name), job_id)
@@ -95,14 +95,14 @@ class Sequels:
         if self._exception_handlers:
             handlers = functools.partial(call_exception_handlers, self._exception_handlers)
             arguments = functools.partial(self._report_arguments, job_id, reason)
-            self._callbacks.submit(Call(handlers, f"an exception handler of job {job_id}", arguments, CALLBACK_TIMEOUT))
+            self._callbacks.submit(Call(handlers, "an exception handler", arguments, CALLBACK_TIMEOUT))
 
     def _settle(self, queue_name: str, job_id: str) -> Job:
         """Everything but the callback."""
         job = ForeignJob.fetch(job_id, connection=self._client, serializer=EmbedSerializer)
         status = job.get_status(refresh=False)
         if status in (JobStatus.FINISHED.value, JobStatus.FAILED.value):
-            with errors_logged(f"the dependents of job {job_id}"):
+            with errors_logged("the dependents of a job", job_id):
                 self._enqueue_dependents(queue_name, job)
         # One that repeats at once keeps its slot, as RQ has it.
         if not (status == JobStatus.FINISHED.value and job.repeats_left and self._repeats_now(queue_name, job_id)):
@@ -111,7 +111,8 @@ class Sequels:
 
     def _enqueue_dependents(self, queue_name: str, job: Job) -> None:
         if self._client.scard(keys.dependents(job.id)) > MAX_DEPENDENTS:
-            logger.warning("job %s has more than %d dependents; they stay deferred", job.id, MAX_DEPENDENTS)
+            logger.warning("a job has more than %d dependents; they stay deferred", MAX_DEPENDENTS)
+            logger.debug("job %s has too many dependents", job.id, extra={"job": job.id})
             return
         self._queue(queue_name).enqueue_dependents(job)
 
@@ -137,7 +138,8 @@ class Sequels:
     def _call_back(self, job: Job, patience_s: float) -> None:
         name, timeout_s, arguments = _callback(job)
         if name and (function := self._callbacks.allowed(name)):
-            what = f"the callback {name} of job {job.id}"
+            what = f"the callback {name}"
+            logger.debug("%s is due for job %s", what, job.id, extra={"job": job.id})
             self._callbacks.submit(Call(function, what, functools.partial(arguments, job), timeout_s), patience_s)
 
     def _repeats_now(self, queue_name: str, job_id: str) -> bool:
@@ -149,7 +151,7 @@ class Sequels:
 
 
 @contextlib.contextmanager
-def errors_logged(what: str) -> Iterator[None]:
+def errors_logged(what: str, job_id: str = "") -> Iterator[None]:
     """For RQ's code over data that anybody may have written: only a Redis that cannot serve is an error of ours."""
     try:
         yield
@@ -160,7 +162,7 @@ def errors_logged(what: str) -> Iterator[None]:
             raise
         # Its text may quote what stands in the job.
         logger.warning("%s could not be done: %s", what, type(err).__name__)
-        logger.debug("the error", exc_info=True)
+        logger.debug("the error, job %s", job_id or "unknown", exc_info=True, extra={"job": job_id})
 
 
 def _callback(job: Job) -> tuple[str | None, int, Callable[[Job], tuple[Any, ...]]]:

@@ -27,6 +27,8 @@ class WorkerSettings:
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    #: threads of the CPU's kernels and of the tokenizer; None: one a core, within the control group's limit
+    threads: int | None = None
     #: how attention is computed, and by whose kernels
     attention: str = "auto"
     kernels: str = "auto"
@@ -57,10 +59,23 @@ class WorkerSettings:
     #: milliseconds from enqueueing to the end of encoding for which micro-batches are cut smaller; None: never
     max_latency_ms: float | None = None
     log_format: LogFormat = "text"
+    #: port of /livez, /readyz and /metrics; 0: a free one; None: none of them
+    metrics_port: int | None = None
+    #: file descriptor of a socket that a supervisor listens on for this worker: for its probes, and with a metrics_port
+    #: for its metrics too, instead of that port
+    metrics_fd: int | None = None
+    #: address on which they are served
+    metrics_host: str = "127.0.0.1"
+    #: seconds without progress on jobs in hand after which /livez turns red
+    liveness_timeout_s: float = 180.0
+    #: spans by OpenTelemetry; None: where OTEL_EXPORTER_OTLP_ENDPOINT is set
+    tracing: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigurationError("the model's name is empty")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise ConfigurationError(f"threads must be 1 to 1024, not {self.threads}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise ConfigurationError(f"max_batch_tokens must be 1 or more, not {self.max_batch_tokens}")
         if self.max_claim_jobs < 1:
@@ -86,6 +101,12 @@ class WorkerSettings:
                 raise ConfigurationError(f"allow_callbacks must be dotted names such as app.hooks.done, not {name!r}")
         if self.log_format not in get_args(LogFormat):
             raise ConfigurationError(f"log_format must be text or json, not {self.log_format!r}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65_535:
+            raise ConfigurationError(f"metrics_port must be 0 to 65535, not {self.metrics_port}")
+        if not self.metrics_host:
+            raise ConfigurationError("metrics_host is empty; 0.0.0.0 listens on every address")
+        if not 1 <= self.liveness_timeout_s <= 86_400:
+            raise ConfigurationError(f"liveness_timeout_s must be 1 to 86400 seconds, not {self.liveness_timeout_s:g}")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> WorkerSettings:
@@ -122,11 +143,12 @@ def _read_names(text: str) -> tuple[str, ...]:
 
 
 _NUMBERS: dict[str, Any] = {
-    **dict.fromkeys(("max_batch_tokens", "max_claim_jobs", "prefetch_batches"), int),
+    **dict.fromkeys(("threads", "max_batch_tokens", "max_claim_jobs", "prefetch_batches"), int),
+    **dict.fromkeys(("metrics_port", "metrics_fd"), int),
     **dict.fromkeys(("lease_s", "grace_s", "startup_timeout_s", "encode_timeout_s"), float),
-    **dict.fromkeys(("linger_ms", "max_latency_ms"), float),
+    **dict.fromkeys(("linger_ms", "max_latency_ms", "liveness_timeout_s"), float),
 }
-_SWITCHES: dict[str, Any] = {"warm_up": _read_switch, "allow_tf32": _read_switch}
+_SWITCHES: dict[str, Any] = dict.fromkeys(("warm_up", "allow_tf32", "tracing"), _read_switch)
 _NAMES: dict[str, Any] = {"allow_callbacks": _read_names}
 _READERS: dict[str, Any] = {
     field.name: (_NUMBERS | _SWITCHES | _NAMES).get(field.name, str) for field in fields(WorkerSettings)

@@ -26,8 +26,10 @@ from embedq.worker.engine import Engine, Piece, Work
 from embedq.worker.estimates import ClaimBudget
 from embedq.worker.failures import ENDINGS, job_failure, said
 from embedq.worker.leases import LeaseKeeper
+from embedq.worker.observer import Observer
 from embedq.worker.planning import ReadyJob
 from embedq.worker.sequels import Sequels
+from embedq.worker.tracing import Spans
 from embedq.worker.watchdog import Watchdog
 
 logger = logging.getLogger("embedq.worker")
@@ -57,6 +59,8 @@ class WorkerStages:
         ranked_queues: Sequence[str],
         sequels: Sequels,
         watchdog: Watchdog,
+        spans: Spans,
+        observer: Observer | None = None,
     ) -> None:
         """ranked_queues: the most urgent first; the others count as urgent as the first of them.
 
@@ -69,6 +73,8 @@ class WorkerStages:
         self._ranks = {queue: rank for rank, queue in enumerate(ranked_queues)}
         self._sequels = sequels
         self._watchdog = watchdog
+        self._observer = observer or Observer()
+        self._spans = spans
         self._count_lock = threading.Lock()
         self.num_finished = 0
         self.num_failed = 0
@@ -85,6 +91,7 @@ class WorkerStages:
 
     def tokenize(self, claims: Sequence[Claim]) -> tuple[list[Work], list[Outcome], Sequence[Claim]]:
         """The first of the claims, as far as their texts go together in memory, and the claims that are left."""
+        began_at = time.monotonic()
         failed: list[Outcome] = []
         readable: list[Claim] = []
         requests: list[EmbedRequest] = []
@@ -92,6 +99,7 @@ class WorkerStages:
         for claim in claims:
             try:
                 request = _read_request(claim)
+                claim.num_texts = len(request.texts)
                 requests.append(request)
                 readable.append(claim)
                 chars += sum(map(len, request.texts))
@@ -103,7 +111,7 @@ class WorkerStages:
             if chars >= SLICE_CHARS:
                 break
         works: list[Work] = []
-        with self._charging(lambda: readable), self._watchdog.watching(readable):
+        with self._charging(lambda: readable), self._watchdog.watching(readable), self._spans.tokenizing(readable):
             of_requests = self._engine.tokenize_all(requests)
         for claim, tokenized in zip(readable, of_requests, strict=True):
             if isinstance(tokenized, JobFailedError):
@@ -114,6 +122,7 @@ class WorkerStages:
                 tokenized.request = EmbedRequest([], tokenized.request.options)
                 works.append(tokenized)
         self._budget.learn(sum([len(work.tag.data) for work in works]), sum([sum(work.lengths) for work in works]))
+        self._observer.tokenized(time.monotonic() - began_at)
         return works, failed, claims[num_read:]
 
     def one_by_one(self, claim: Claim) -> list[EmbedRequest]:
@@ -131,6 +140,7 @@ class WorkerStages:
 
     def leave(self, claims: Sequence[Claim]) -> None:
         """They are this worker's no longer."""
+        self._spans.left(claims, LOST)
         self._leases.drop(claims)
 
     def ready_job(self, work: Work) -> ReadyJob:
@@ -142,7 +152,8 @@ class WorkerStages:
         lost = [work for work in works if self._leases.is_lost(work.tag)]
         for work in lost:
             work.failure = JobFailedError("no longer this worker's", code=LOST)
-        with self._charging(lambda: self._engine.isolation.at_work):
+        self._spans.left([work.tag for work in lost], LOST)
+        with self._charging(lambda: self._engine.isolation.at_work), self._spans.encoding(batch):
             return lost + self._engine.encode(batch)
 
     @contextlib.contextmanager
@@ -156,17 +167,18 @@ class WorkerStages:
             raise
         except BaseException as err:
             code, message = (err.code, str(err)) if isinstance(err, ModelError) else ("internal", said(err))
-            self._send(blamed(at_work(), code, message))
+            self._send(blamed(at_work(), code, message), time.monotonic())
             raise
 
     def publish(self, done: Sequence[Work | Outcome]) -> None:
         """Sent until Redis has it, however long that takes: what was computed is kept."""
+        began_at = time.monotonic()
         works = [item for item in done if isinstance(item, Work)]
         outcomes = [item for item in done if isinstance(item, Outcome)] + self._outcomes(works)
         self._tell_failures([outcome for outcome in outcomes if outcome.kind in ("failed", "retry")])
         self._tell_parked([outcome for outcome in outcomes if outcome.kind == "parked"])
         if outcomes:
-            self._send(outcomes)
+            self._send(outcomes, began_at)
         self._leases.drop([work.tag for work in works] + [outcome.claim for outcome in outcomes])
 
     def _outcomes(self, works: Sequence[Work]) -> list[Outcome]:
@@ -182,31 +194,58 @@ class WorkerStages:
                 outcomes.append(Outcome.failed(work.tag, job_failure(err)))
         return outcomes
 
-    def _send(self, outcomes: Sequence[Outcome]) -> None:
-        with_sequel = _until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
-        with self._count_lock:
-            self.num_finished += sum([outcome.kind == "finished" for outcome in outcomes])
+    def _send(self, outcomes: Sequence[Outcome], began_at: float) -> None:
+        with self._spans.publishing(outcomes):
+            with_sequel = self._until_served(lambda: self._store.publish(outcomes), f"results of {len(outcomes)} jobs")
+        self._count(outcomes)
+        self._observer.published(outcomes, time.monotonic() - began_at)
         for outcome in outcomes:
             if outcome.kind in ("failed", "retry"):
                 self._sequels.report(outcome.claim.job_id, outcome.payload)
         for outcome in with_sequel:
             follow = functools.partial(self._sequels.follow, outcome.claim.queue, outcome.claim.job_id)
-            _until_served(follow, "what follows a job")
+            self._until_served(follow, "what follows a job")
+
+    def _count(self, outcomes: Sequence[Outcome]) -> None:
+        """What Redis took: a job that was another's by then is not among it."""
+        became = Counter([outcome.became for outcome in outcomes])
+        with self._count_lock:
+            self.num_finished += became["finished"]
+            self.num_failed += became["failed"] + became["retried"]
+        if became["canceled"]:
+            claims = self._leases.lose([outcome.claim for outcome in outcomes if outcome.became == "canceled"])
+            self._observer.canceled(claims)
+
+    def _until_served(self, action: Callable[[], T], what: str) -> T:
+        """Calls until Redis serves; a worker told to stop meanwhile has its grace. Raises what does not pass."""
+        retry_s = RETRY_FIRST_S
+        while True:
+            try:
+                return action()
+            except redis.RedisError as err:
+                if not is_passing(err) and not is_wrong_type(err):
+                    raise
+                fields = {"event": "redis_unavailable", "error": type(err).__name__}
+                logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s, extra=fields)
+                self._observer.kept_waiting()
+                time.sleep(retry_s)
+                retry_s = min(2 * retry_s, RETRY_LONGEST_S)
 
     def _tell_failures(self, failed: Sequence[Outcome]) -> None:
         """One line however many fail at once; which ones they are is for debugging."""
-        with self._count_lock:
-            self.num_failed += len(failed)
         for code, number in Counter([outcome.code for outcome in failed]).items():
-            logger.warning("failed jobs: %d, code %s", number, code)
+            fields = {"event": "failed_jobs", "jobs": number, "code": code}
+            logger.warning("failed jobs: %d, code %s", number, code, extra=fields)
         for outcome in failed:
-            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code)
+            fields = {"event": "failed_job", "job": outcome.claim.job_id, "code": outcome.code}
+            logger.debug("job %s failed: %s", outcome.claim.job_id, outcome.code, extra=fields)
 
     def _tell_parked(self, parked: Sequence[Outcome]) -> None:
         if parked:
             logger.warning(
                 "%d jobs are of a later wire version than %d, up to which this worker reads: left for a newer one",
                 *(len(parked), wire.VERSION),
+                extra={"event": "parked_jobs", "jobs": len(parked)},
             )
 
 
@@ -237,17 +276,3 @@ def _named(item: AtWork) -> tuple[Claim, int | None]:
         return item, None
     job, place = item
     return (job, place) if isinstance(job, Claim) else (job.tag, job.texts[place])
-
-
-def _until_served(action: Callable[[], T], what: str) -> T:
-    """Calls until Redis serves; a worker that is told to stop meanwhile has its grace. Raises what does not pass."""
-    retry_s = RETRY_FIRST_S
-    while True:
-        try:
-            return action()
-        except redis.RedisError as err:
-            if not is_passing(err) and not is_wrong_type(err):
-                raise
-            logger.warning("%s must wait for Redis (%s); trying again in %.1f s", what, err, retry_s)
-            time.sleep(retry_s)
-            retry_s = min(2 * retry_s, RETRY_LONGEST_S)

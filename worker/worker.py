@@ -21,7 +21,6 @@ import redis
 from rq import worker_registration
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.exceptions import StopRequested
-from rq.logutils import setup_loghandlers
 from rq.rate_limit import RateLimitRegistry
 from rq.registry import ReadyJobRegistry
 from rq.utils import now
@@ -31,11 +30,12 @@ from embedq.producer import keys
 from embedq.producer.connection import SOCKET_TIMEOUT_S, is_passing, is_wrong_type
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.serializer import EmbedSerializer
+from embedq.worker import logs
 from embedq.worker.callbacks import CallbackThread
 from embedq.worker.chores import Chores
 from embedq.worker.claims import Claimed, ClaimStore, Outcome
 from embedq.worker.commands import CommandHandler, survive
-from embedq.worker.departure import EXIT_HANGS, LAST_WORDS_S, Departure
+from embedq.worker.departure import LAST_WORDS_S, Departure
 from embedq.worker.encoders import load_encoder
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
@@ -43,6 +43,7 @@ from embedq.worker.foreign_jobs import ForeignJob
 from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.memory import keep_freed_memory, rare_collections
+from embedq.worker.monitor import Monitor, Parts
 from embedq.worker.pipeline import Bounds, Pipeline
 from embedq.worker.planning import QueueTurns
 from embedq.worker.promotion import Promoter
@@ -51,6 +52,8 @@ from embedq.worker.sequels import Sequels, errors_logged
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.stages import AtWork, WorkerStages, blamed
 from embedq.worker.startup import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, leaving_at_once, until_served
+from embedq.worker.statuses import EXIT_HANGS
+from embedq.worker.tracing import Identity, Spans, open_spans
 from embedq.worker.waiting import QueueWaiter
 from embedq.worker.watchdog import Watchdog
 
@@ -76,6 +79,7 @@ class EmbedWorker(SimpleWorker):
 
     # Made by `work`: a worker that `Worker.all()` only looks at has none of them.
     settings: WorkerSettings
+    monitor: Monitor
     departure: Departure
     engine: Engine
     budget: ClaimBudget
@@ -89,6 +93,7 @@ class EmbedWorker(SimpleWorker):
     waiter: QueueWaiter
     turns: QueueTurns
     watchdog: Watchdog
+    spans: Spans
     stages: WorkerStages
     pipeline: Pipeline
     quarantine: Quarantine
@@ -135,18 +140,21 @@ class EmbedWorker(SimpleWorker):
                 self._start_scheduler(burst, logging_level, date_format, log_format)
                 on_exit.callback(self._stop_scheduler)
             on_exit.enter_context(leaving_at_once())
+            self.monitor = Monitor(self.settings, self.name, self.queue_names(), self.connection)
+            on_exit.callback(self.monitor.close)
+            self.monitor.start()
             self._prepare()
             on_exit.callback(self.waiter.close)
             self.callbacks.start()
-            if not logging.getLogger("embedq").hasHandlers():
-                # `rq worker` sets up RQ's loggers alone.
-                setup_loghandlers(logging_level or logging.INFO, date_format, log_format, name="embedq")
+            # `rq worker` sets up RQ's loggers alone.
+            logs.configure_own(self.settings.log_format, logging_level or logging.INFO, self.name)
             # Before anybody can see this worker and send it a signal.
             on_exit.enter_context(self._own_signals())
             on_exit.callback(self._leave)
             self._register(logging_level, date_format, log_format)
             self.leases.start()
             self.chores.start()
+            self.monitor.health.begin()
             on_exit.enter_context(rare_collections())
             on_exit.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -154,13 +162,17 @@ class EmbedWorker(SimpleWorker):
 
     def _prepare(self) -> None:
         keep_freed_memory()
-        settings = self.settings
+        settings, observer = self.settings, self.monitor.observer
         self.departure = Departure(settings.grace_s, self._end_orderly, self._say_last_words)
         self.callbacks = CallbackThread(settings.allow_callbacks)
         self.watchdog = Watchdog(settings.encode_timeout_s, self._end_hanging)
-        self.engine = Engine(load_encoder(settings), settings.max_batch_tokens, self.name, self.watchdog.watching)
+        self.engine = Engine(
+            load_encoder(settings), settings.max_batch_tokens, self.name, self.watchdog.watching, observer
+        )
         self.budget = ClaimBudget(self.engine.max_batch_tokens)
-        self.store = ClaimStore(self.connection, self.name, settings.lease_s)
+        encoder = self.engine.encoder
+        self.spans = open_spans(settings.tracing, Identity(self.name, encoder.name, encoder.placement))
+        self.store = ClaimStore(self.connection, self.name, settings.lease_s, with_traces=self.spans.are_wanted)
         self.sequels = Sequels(self.connection, self.queue_names(), self.callbacks, self._exc_handlers)
         self.promoter = Promoter(self.connection, self.queue_names())
         self.chores = Chores(self._tick)
@@ -170,9 +182,10 @@ class EmbedWorker(SimpleWorker):
             self.worker_ttl + 60,
             on_abandoned=lambda queue, ids: self.chores.submit(lambda: self.sequels.follow_all(queue, ids)),
             on_forgotten=self._register_again,
-            on_tick=self.watchdog.tick,
+            on_tick=self._tick_leases,
+            observer=observer,
         )
-        interruptions = Interruptions(self.connection, self.name, self.leases, self.sequels)
+        interruptions = Interruptions(self.connection, self.name, self.leases, self.sequels, observer)
         self.commands = CommandHandler(
             on_shutdown=lambda: os.kill(os.getpid(), signal.SIGINT),
             on_stop=interruptions.stop,
@@ -183,10 +196,19 @@ class EmbedWorker(SimpleWorker):
         # Where the queues take turns, none is more urgent than another.
         ranked = self.queue_names() if self._dequeue_strategy == DequeueStrategy.DEFAULT else []
         self.stages = WorkerStages(
-            self.engine, self.store, self.leases, self.budget, ranked, self.sequels, self.watchdog
+            self.engine,
+            self.store,
+            self.leases,
+            self.budget,
+            ranked,
+            self.sequels,
+            self.watchdog,
+            self.spans,
+            observer,
         )
         self.pipeline = Pipeline(self.stages, self._bounds(), on_failure=self._end_claiming)
-        self.quarantine = Quarantine(self.stages, self.store, self.engine.max_batch_tokens)
+        self.quarantine = Quarantine(self.stages, self.store, self.engine.max_batch_tokens, self.pipeline.device_time)
+        self.monitor.attach(Parts(self.engine, self.pipeline, self.leases, self.chores, self.budget))
 
     def _bounds(self) -> Bounds:
         settings = self.settings
@@ -224,6 +246,12 @@ class EmbedWorker(SimpleWorker):
             "worker %s serves %s on %s: queues %s, up to %d tokens a micro-batch, leases of %g s",
             *(self.name, encoder.name, encoder.placement, ", ".join(self.queue_names())),
             *(self.engine.max_batch_tokens, self.settings.lease_s),
+            extra={
+                "event": "serving",
+                "model": encoder.name,
+                "device": encoder.placement,
+                "queues": self.queue_names(),
+            },
         )
 
     def register_birth(self) -> None:
@@ -241,6 +269,7 @@ class EmbedWorker(SimpleWorker):
 
     def _leave(self) -> None:
         """Gives back what is claimed and unregisters. A Redis that is gone does not hide why the worker ends."""
+        self.monitor.health.end()
         try:
             self._release_held()
             self.leases.stop()
@@ -250,6 +279,7 @@ class EmbedWorker(SimpleWorker):
                 self.teardown()
         except redis.RedisError as err:
             logger.warning("left without a word to Redis (%s); claimed jobs return when their leases end", err)
+        self.spans.close(self.departure.grace_left_s() / 2)
         self.departure.done()
 
     def _stop_scheduler(self) -> None:
@@ -274,7 +304,8 @@ class EmbedWorker(SimpleWorker):
         self.pipeline.stop()
         self.pipeline.check()
         done = self._count_done()
-        logger.info("worker %s: %d jobs done, stopping", self.name, done)
+        self.engine.log.tell()
+        logger.info("worker %s: %d jobs done, stopping", self.name, done, extra={"event": "stopping", "jobs": done})
         self._tell_times(before_s)
         return done
 
@@ -310,7 +341,9 @@ class EmbedWorker(SimpleWorker):
             except redis.RedisError as err:
                 if not is_passing(err) and not is_wrong_type(err):
                     raise
-                logger.warning("Redis cannot serve (%s); trying again in %.1f s", err, reconnect_s)
+                fields = {"event": "redis_unavailable", "error": type(err).__name__}
+                logger.warning("Redis cannot serve (%s); trying again in %.1f s", err, reconnect_s, extra=fields)
+                self.monitor.observer.kept_waiting()
                 self.waiter.forget()
                 self._sleep(reconnect_s)
                 reconnect_s = min(2 * reconnect_s, RECONNECT_LONGEST_S)
@@ -327,8 +360,10 @@ class EmbedWorker(SimpleWorker):
                 return Claimed([])
             found = self.store.claim(names, limit if max_jobs is None else min(limit, max_jobs), self.budget.max_bytes)
             self.leases.hold(found.claims)
+        self.spans.claimed(found.claims)
         if found.claims:
             self._state = WorkerStatus.BUSY.value  # as claim.lua told Redis
+            self.monitor.observer.claimed(found.claims)
             first = [claim for claim in found.claims if not claim.attempts]
             if first:
                 self.pipeline.put(first, self.budget.tokens(sum([len(claim.data) for claim in first])))
@@ -379,15 +414,28 @@ class EmbedWorker(SimpleWorker):
             return
         try:
             released = self.store.release(held)
-            logger.info("%d claimed jobs given back to the head of their queues", released)
+            logger.info(
+                "%d claimed jobs given back to the head of their queues",
+                len(released),
+                extra={"event": "released", "jobs": len(released)},
+            )
+            self.monitor.observer.released(released)
         except redis.RedisError as err:
             logger.warning("claimed jobs could not be given back (%s); they return when their leases end", err)
+        self.spans.left(held, "released")
         self.leases.drop(held)
 
     def _tick(self) -> None:
         """Each second, on the thread of the chores."""
+        self.engine.log.tick()
+        self.monitor.tell()
         self.promoter.round()
         self.sequels.take_up()
+
+    def _tick_leases(self) -> None:
+        """Each second, on the thread of the leases."""
+        self.watchdog.tick()
+        self.monitor.tick()
 
     # --- being idle, being an RQ worker
 
@@ -433,6 +481,7 @@ class EmbedWorker(SimpleWorker):
             "embedq_revision": encoder.revision,
             "embedq_device": encoder.placement,
             "embedq_max_batch_tokens": self.engine.max_batch_tokens,
+            **self.monitor.fields(),
         }
 
     def _register_again(self) -> None:
@@ -472,6 +521,7 @@ class EmbedWorker(SimpleWorker):
     def _end_claiming(self) -> None:
         """Whatever the claiming thread waits for, and as soon as it can."""
         self._stop_requested = True
+        self.monitor.health.end()
         self.waiter.wake()
 
     def _end_orderly(self) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from embedq.producer import ConfigurationError, EmbedQueue
 from embedq.worker import WorkerSettings, cli, processes, redis_server
-from embedq.worker.local import WorkerProcess
+from embedq.worker.invocation import worker_command
 from embedq.worker.redis_server import RedisServer, free_port
 
 EMBEDQ = [sys.executable, "-m", "embedq.worker.cli"]
@@ -134,11 +134,11 @@ def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(short_path: Pa
 # --- up
 
 
-def test_every_setting_reaches_the_worker_as_the_flag_it_is(short_path: Path) -> None:
+def test_every_setting_reaches_the_worker_as_the_flag_it_is() -> None:
     settings = WorkerSettings(
         model="noop:8", warm_up=False, allow_tf32=True, lease_s=5.0, allow_callbacks=("a.b", "c.d")
     )
-    command = WorkerProcess("unix:///none", "embed", settings, short_path / "log")._command()
+    command = worker_command(["embed"], settings, ["--name", "w"])
     parsed = cli.worker.make_context("worker", command[command.index("worker") + 1 :]).params
     assert WorkerSettings(**{field.name: parsed[field.name] for field in fields(WorkerSettings)}) == settings
 

@@ -244,7 +244,7 @@ def test_memory_that_torch_keeps_unused_counts_as_free(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 50)
-    assert CudaRuntime(torch.device("cuda:0")).memory() == Memory(free=120, total=1000, reserved=70)
+    assert CudaRuntime(torch.device("cuda:0")).memory() == Memory(free=120, total=1000, reserved=70, allocated=50)
 
 
 def test_each_device_has_its_runtime(monkeypatch: pytest.MonkeyPatch) -> None:

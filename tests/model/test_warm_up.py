@@ -32,7 +32,7 @@ class SmallDevice(HostRuntime):
             raise torch.OutOfMemoryError("out of memory")
 
     def memory(self) -> Memory:
-        return Memory(3 << 30, 16 << 30, 1 << 30)
+        return Memory(3 << 30, 16 << 30, 1 << 30, 1 << 29)
 
     def release_cache(self) -> None:
         self.num_releases += 1

@@ -216,7 +216,7 @@ def test_what_is_published_for_a_stopped_job_changes_nothing(queue: EmbedQueue, 
     [claim] = hand.claim()
     hand.interruptions.stop(job.id)
     assert hand.store.publish([Outcome.finished(claim, b"x", 0.1)]) == []
-    assert hand.store.release([claim]) == 0
+    assert len(hand.store.release([claim])) == 0
     assert job.status() is JobStatus.STOPPED
     assert queue._redis.xlen(keys.results(job.id)) == 1
 
@@ -405,4 +405,4 @@ def test_a_worker_works_on_after_nonsense_on_its_channel(
     assert status == 0, output
     assert "could not be carried out: UnicodeDecodeError" in output
     assert "told to kill its horse: this worker has none" in output
-    assert "told to stop job 'unheard-of', which is not in hand" in output
+    assert "told to stop a job that is not in hand" in output

@@ -29,6 +29,7 @@ from embedq.producer import (
     calls,
     keys,
 )
+from embedq.producer.places import OneRedis
 from embedq.producer.settings import RESULT_TTL_S, JobSettings
 from embedq.producer.streaming import StreamSettings, TextStream
 from tests.conftest import Drain, until
@@ -276,7 +277,7 @@ def test_each_text_comes_out_once_however_jobs_end(
     fine: list[bool], window: int, texts_per_job: int, ordered: bool, ends: list[int]
 ) -> None:
     how = StreamSettings(window=window, texts_per_job=texts_per_job, ordered=ordered, on_error="yield")
-    stream = TextStream("embed", EmbedOptions(), JobSettings(), how)
+    stream = TextStream(OneRedis("embed"), EmbedOptions(), JobSettings(), how)
     workers = Workers(stream)
     source = iter([str(number) if good else "bad" for number, good in enumerate(fine)])
     items: list[TextEmbedding] = []
