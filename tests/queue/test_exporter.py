@@ -55,7 +55,7 @@ def test_queues_fleet_and_redis_are_told_with_their_units(client: Any, each_url:
     with EmbedQueue(each_url) as queue:
         queue.enqueue(["a", "b", "c"])
         queue.enqueue_in(100, "later")
-    client.zadd(keys.parked("embed"), {"x": 1})
+    client.zadd(keys.parked("embed"), {"x": 2})
     plant_worker(client, "w", tokens_per_s=10.0, tokens_per_byte=1.0)
     plant_worker(client, "odd", state="dancing\n", queues="other")
     plant_worker(client, "gone", silent_s=1000)

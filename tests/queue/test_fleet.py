@@ -44,7 +44,7 @@ def test_jobs_texts_and_bytes_of_a_short_queue_are_counted_exactly(client: Any, 
         queue.enqueue_many(["d", "e"])
         queue.enqueue_in(1000, "later")
         queue.enqueue("after", depends_on=queue.enqueue("before"))
-    client.zadd(keys.parked("embed"), {"x": 1, "y": 2})
+    client.zadd(keys.parked("embed"), {"x": 2, "y": 2})
     client.zadd(keys.failed("embed"), {"a": 1})
     seen = look_at(client)
     assert (seen.queued, seen.scheduled, seen.deferred, seen.parked, seen.failed) == (4, 1, 1, 2, 1)
