@@ -33,8 +33,7 @@ from embedq.producer.errors import (
     QueueServerError,
     ResultTimeoutError,
 )
-from embedq.worker import logs
-from embedq.worker.probe import health
+from embedq.worker.health_command import health
 from embedq.worker.processes import follow_parent, retitle
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 from embedq.worker.startup import leaving_at_once, until_served
@@ -50,13 +49,14 @@ from embedq.worker.statuses import (
     EXIT_USAGE,
     MEANINGS,
 )
-from embedq.worker.supervision import (
+from embedq.worker.supervision.supervise import (
     ALL_CUDA,
     MAX_PROCESSES,
     RestartOrder,
     SupervisorSettings,
     supervise,
 )
+from embedq.worker.telemetry import logs
 
 #: The first class that fits an error gives the exit status; any other error gives 1.
 EXIT_STATUSES: tuple[tuple[type[Exception], int], ...] = (
@@ -363,7 +363,7 @@ def _work(
     """In this process."""
     from rq.worker import DequeueStrategy
 
-    from embedq.worker.monitor import Monitor
+    from embedq.worker.telemetry.monitor import Monitor
     from embedq.worker.worker import EmbedWorker
 
     connection = connect(url)

@@ -25,11 +25,11 @@ from embedq.producer.client import check_queue_name
 from embedq.producer.connection import connect
 from embedq.producer.errors import ConfigurationError, EmbedqError
 from embedq.worker import processes
-from embedq.worker.children import ChildPlan
-from embedq.worker.invocation import worker_command, worker_environment
 from embedq.worker.redis_server import RedisServer
 from embedq.worker.settings import WorkerSettings
-from embedq.worker.supervision import SupervisorSettings, make_supervisor, served
+from embedq.worker.supervision.children import ChildPlan
+from embedq.worker.supervision.invocation import worker_command, worker_environment
+from embedq.worker.supervision.supervise import SupervisorSettings, make_supervisor, served
 
 #: Seconds that a worker may take to load its model before it counts as stuck.
 WORKER_START_TIMEOUT_S = 120.0

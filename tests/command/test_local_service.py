@@ -16,8 +16,8 @@ import pytest
 
 from embedq.producer import ConfigurationError, EmbedQueue
 from embedq.worker import WorkerSettings, cli, processes, redis_server
-from embedq.worker.invocation import worker_command
 from embedq.worker.redis_server import RedisServer, free_port
+from embedq.worker.supervision.invocation import worker_command
 from tests.conftest import until
 
 EMBEDQ = [sys.executable, "-m", "embedq.worker.cli"]

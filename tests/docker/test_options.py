@@ -11,7 +11,7 @@ import pytest
 
 from embedq.producer import password_file
 from embedq.worker.cli import main
-from embedq.worker.invocation import INHERITED_VARIABLES
+from embedq.worker.supervision.invocation import INHERITED_VARIABLES
 from tests.docker.files import COMPOSE_FILES, DOCKER, compose, manifests, pod_specs
 
 

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq.producer import ConfigurationError
-from embedq.worker import WorkerSettings, cores, cuda_devices, encoders, supervision
+from embedq.worker import WorkerSettings, cores, encoders
 from embedq.worker.cores import Core, Share, cpu_quota, default_threads, shares, usable_cores
-from embedq.worker.cuda_devices import count_cuda_devices, may_have_gpu
-from embedq.worker.supervision import SupervisorSettings, places
+from embedq.worker.supervision import cuda_devices
+from embedq.worker.supervision import supervise as supervision
+from embedq.worker.supervision.cuda_devices import count_cuda_devices, may_have_gpu
+from embedq.worker.supervision.supervise import SupervisorSettings, places
 
 
 def machine(num_cores: int, threads_a_core: int = 1, packages: int = 1) -> list[Core]:

@@ -13,10 +13,10 @@ from embedq.producer.connection import connect
 from embedq.producer.figures import read_figures
 from embedq.worker.claims import Claim, Outcome
 from embedq.worker.estimates import Capacity
-from embedq.worker.figures import Figures
-from embedq.worker.monitor import Monitor
-from embedq.worker.observer import Encoded
 from embedq.worker.settings import WorkerSettings
+from embedq.worker.telemetry.figures import Figures
+from embedq.worker.telemetry.monitor import Monitor
+from embedq.worker.telemetry.observer import Encoded
 from tests.conftest import Drain, until
 from tests.queue.watched_worker import watched
 

@@ -20,9 +20,9 @@ from embedq.producer import http_endpoints as endpoints
 from embedq.producer.connection import connect
 from embedq.producer.http_endpoints import Answer, HttpEndpoints, Page
 from embedq.worker import WorkerSettings
-from embedq.worker.health import MAX_STEP_S, Health
-from embedq.worker.probe import health as health_command
+from embedq.worker.health_command import health as health_command
 from embedq.worker.redis_server import RedisServer
+from embedq.worker.telemetry.health import MAX_STEP_S, Health
 from tests.conftest import until
 from tests.queue.test_worker import Start, start
 from tests.queue.watched_worker import WatchedWorker, watched
@@ -401,7 +401,7 @@ def test_a_worker_serves_on_a_socket_that_it_is_given(url: str) -> None:
 
 
 def test_probes_on_a_given_socket_need_no_library(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "embedq.worker.metrics", None)
+    monkeypatch.setitem(sys.modules, "embedq.worker.telemetry.metrics", None)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         given = os.dup(listening.fileno())
     with watched(url, metrics_port=None, metrics_fd=given) as worker:

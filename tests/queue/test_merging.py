@@ -12,8 +12,8 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as read_metrics
 
-from embedq.worker.merging import EOF, merge_metrics
-from embedq.worker.relay import MAX_LINE_BYTES, LineRelay, labelled
+from embedq.worker.supervision.merging import EOF, merge_metrics
+from embedq.worker.supervision.relay import MAX_LINE_BYTES, LineRelay, labelled
 
 
 def registry(value: float) -> CollectorRegistry:

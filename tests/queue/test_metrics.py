@@ -17,7 +17,7 @@ from embedq.model import Encoder, NoopEncoder, OutOfMemoryError, TokenizedText
 from embedq.producer import EmbedQueue, JobFailedError, JobStatus, keys
 from embedq.producer.connection import connect
 from embedq.worker.claims import ClaimStore
-from embedq.worker.metrics import StageSeconds
+from embedq.worker.telemetry.metrics import StageSeconds
 from tests.conftest import until
 from tests.queue.watched_worker import WatchedWorker, watched
 

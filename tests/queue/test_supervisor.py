@@ -16,8 +16,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as read_metrics
 
 from embedq.producer import EmbedQueue, JobStatus
-from embedq.worker.child_probe import fetch
 from embedq.worker.redis_server import free_port
+from embedq.worker.supervision.probe import fetch
 from tests.conftest import until
 from tests.queue.test_shutdown import slow_device
 from tests.queue.test_worker import EMBEDQ, RunningWorker, Start, finished, start, workers  # noqa: F401
@@ -90,7 +90,8 @@ def slow_program(folder: Path) -> list[str]:
     script = slow_device(folder, 1)
     return program(
         folder,
-        f"import embedq.worker.supervision, sys\nembedq.worker.supervision.EMBEDQ = (sys.executable, {script[1]!r})\n"
+        "import sys\nfrom embedq.worker.supervision import supervise\n"
+        f"supervise.EMBEDQ = (sys.executable, {script[1]!r})\n"
         + Path(script[1]).read_text().partition("from embedq.worker.cli")[0],
     )
 
@@ -236,7 +237,7 @@ def test_json_lines_stay_json_and_tell_their_process(start: Start) -> None:  # n
 
 def test_a_supervisor_loads_neither_torch_nor_the_worker() -> None:
     code = (
-        "import sys, embedq.worker.cli, embedq.worker.supervision\n"
+        "import sys, embedq.worker.cli, embedq.worker.supervision.supervise\n"
         "print([name for name in ('torch', 'tokenizers', 'embedq.worker.worker', 'prometheus_client')"
         " if name in sys.modules])"
     )

@@ -22,11 +22,12 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFl
 
 from embedq.producer import AsyncEmbedQueue, ConfigurationError, EmbedQueue, InvalidTextError, JobFailedError, keys
 from embedq.producer.errors import QueueFull
-from embedq.worker import WorkerSettings, tracing
+from embedq.worker import WorkerSettings
 from embedq.worker.claims import Claim, ClaimStore, Outcome
 from embedq.worker.redis_server import free_port
-from embedq.worker.spans import MAX_JOBS_PER_S, JobSpans
-from embedq.worker.tracing import Identity, NoSpans, open_spans
+from embedq.worker.telemetry import tracing
+from embedq.worker.telemetry.spans import MAX_JOBS_PER_S, JobSpans
+from embedq.worker.telemetry.tracing import Identity, NoSpans, open_spans
 from tests.conftest import Drain
 from tests.queue.test_rq import RQ
 from tests.queue.test_worker import EMBEDQ

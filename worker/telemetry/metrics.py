@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from embedq.model import Encoder
 from embedq.worker.claims import Became, Claim, Outcome, Recovered
-from embedq.worker.observer import Encoded, Observer
+from embedq.worker.telemetry.observer import Encoded, Observer
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288, 16384)

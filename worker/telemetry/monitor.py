@@ -21,16 +21,16 @@ from embedq.producer.http_endpoints import Answer, HttpEndpoints, Page, inherite
 from embedq.worker.chores import Chores
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
-from embedq.worker.figures import Figures, to_json
-from embedq.worker.health import Health
 from embedq.worker.leases import LeaseKeeper
-from embedq.worker.observer import Observer, Observers
 from embedq.worker.pipeline import Pipeline
 from embedq.worker.settings import WorkerSettings
-from embedq.worker.traffic import Traffic
+from embedq.worker.telemetry.figures import Figures, to_json
+from embedq.worker.telemetry.health import Health
+from embedq.worker.telemetry.observer import Observer, Observers
+from embedq.worker.telemetry.traffic import Traffic
 
 if TYPE_CHECKING:
-    from embedq.worker.metrics import Metrics
+    from embedq.worker.telemetry.metrics import Metrics
 
 logger = logging.getLogger("embedq.worker")
 
@@ -57,7 +57,7 @@ class Monitor:
         """
         self._client = client
         self._worker_key = keys.worker(name)
-        self._write = scripts.load(client, __package__, "figures")
+        self._write = scripts.load(client, "embedq.worker", "figures")
         self._parts: Parts | None = None
         self._traffic = Traffic()
         self._written: dict[str, Any] = {}
@@ -219,7 +219,7 @@ def _endpoints(settings: WorkerSettings, pages: Mapping[str, Page]) -> HttpEndpo
 
 def _make_metrics(queues: Sequence[str], monitor: Monitor, name: str) -> Metrics:
     try:
-        from embedq.worker.metrics import Metrics
+        from embedq.worker.telemetry.metrics import Metrics
     except ModuleNotFoundError as err:
         raise ConfigurationError(
             f"{err.name} is not installed, which --metrics-port needs: pip install 'embedq[metrics]'"

@@ -8,8 +8,8 @@ from __future__ import annotations
 import signal
 from typing import Protocol
 
-from embedq.worker.child_probe import ChildHealth
 from embedq.worker.departure import LAST_WORDS_S, SAME_SIGNAL_S
+from embedq.worker.supervision.probe import ChildHealth
 from embedq.worker.watchdog import MAX_STEP_S
 
 #: Seconds for which a process may say that its work does not move: longer than one answer may mislead.
