@@ -32,7 +32,7 @@ class ChildPlan:
     queues: Sequence[str]
     settings: WorkerSettings
     #: options that are no settings
-    arguments: Sequence[str]
+    arguments: Sequence[str] = ()
     #: of their names: BASE.INDEX.CHANCE
     base_name: str
     #: takes whole lines

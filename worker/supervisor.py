@@ -70,6 +70,10 @@ class Supervisor:
         return self.ending()
 
     @property
+    def is_told_to_stop(self) -> bool:
+        return self._asked is not None
+
+    @property
     def is_over(self) -> bool:
         return all(slot.is_over for slot in self.slots)
 

@@ -98,10 +98,19 @@ class EmbedWorker(SimpleWorker):
     pipeline: Pipeline
     quarantine: Quarantine
 
-    def __init__(self, queues: Any, *args: Any, settings: WorkerSettings | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        queues: Any,
+        *args: Any,
+        settings: WorkerSettings | None = None,
+        monitor: Monitor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """monitor: one that others see already; None for one of its own while it works."""
         kwargs["serializer"] = EmbedSerializer
         super().__init__(queues, *args, **kwargs)
         self._given_settings = settings
+        self._given_monitor = monitor
         #: held from a claim to the moment at which it is known as held, and by who leaves for good
         self._claiming = threading.Lock()
 
@@ -140,9 +149,9 @@ class EmbedWorker(SimpleWorker):
                 self._start_scheduler(burst, logging_level, date_format, log_format)
                 on_exit.callback(self._stop_scheduler)
             on_exit.enter_context(leaving_at_once())
-            self.monitor = Monitor(self.settings, self.name, self.queue_names(), self.connection)
-            on_exit.callback(self.monitor.close)
-            self.monitor.start()
+            self.monitor = self._given_monitor or on_exit.enter_context(
+                Monitor(self.settings, self.name, self.queue_names(), self.connection)
+            )
             self._prepare()
             on_exit.callback(self.waiter.close)
             self.callbacks.start()

@@ -30,8 +30,8 @@ class Streamed:
 
 
 def stream(server: RedisServer, kind: Kind, num_texts: int) -> Streamed:
-    """Vectors are decoded and dropped. Raises RuntimeError if one is missing."""
-    texts = fleet_jobs.texts(num_texts)
+    """Vectors are decoded and dropped; no more texts than fill whole jobs. Raises RuntimeError if one is missing."""
+    texts = fleet_jobs.texts(num_texts - num_texts % kind.texts)
     payload = fleet_jobs.result(kind)
     workers = [
         SimulatedWorker(server.url, f"simulated-{place}", kind, payload, batch_jobs(kind), CYCLE_S)
@@ -39,9 +39,9 @@ def stream(server: RedisServer, kind: Kind, num_texts: int) -> Streamed:
     ]
     with EmbedQueue(server.url) as queue, SimulatedFleet(workers):
         before = time.thread_time()
-        options = {"precision": kind.precision, "texts_per_job": kind.texts, "window": WINDOW_TEXTS}
-        num_read = sum(len(item.vector) > 0 for item in queue.embed_stream(texts, **options))
+        items = queue.embed_stream(texts, precision=kind.precision, texts_per_job=kind.texts, window=WINDOW_TEXTS)
+        num_read = sum(len(item.vector) > 0 for item in items)
         took_s = time.thread_time() - before
-    if num_read != num_texts:
-        raise RuntimeError(f"{num_texts - num_read} of {num_texts} texts have no vector")
-    return Streamed(kind, took_s / num_texts * 1e6)
+    if num_read != len(texts):
+        raise RuntimeError(f"{len(texts) - num_read} of {len(texts)} texts have no vector")
+    return Streamed(kind, took_s / len(texts) * 1e6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from embedq.worker.waiting import QueueWaiter
 from embedq.worker.worker import IDLE_S
 from tests.bench import fleet_jobs
 from tests.bench.fleet_jobs import QUEUE, Kind
+from tests.bench.fleet_load import batch_jobs
 from tests.bench.fleet_meters import Meter, metered, used_bytes
 from tests.bench.fleet_workers import LEASE_S, MANY_BYTES
 from tests.bench.queue_contenders import CONTENDERS
@@ -50,9 +51,9 @@ class IdleWorker:
         self._leases = LeaseKeeper(
             self._store, [QUEUE], WORKER_TTL_S, on_abandoned=lambda *_: None, on_forgotten=lambda: None
         )
-        promoter = Promoter(self._client, [QUEUE])
-        sequels = Sequels(self._client, [QUEUE], CallbackThread(()))
-        self._chores = Chores(lambda: (promoter.round(), sequels.take_up()))
+        self._promoter = Promoter(self._client, [QUEUE])
+        self._sequels = Sequels(self._client, [QUEUE], CallbackThread(()))
+        self._chores = Chores(self._tick)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._is_stopping = False
         #: moments at which it was woken, and at which it got a job
@@ -82,21 +83,18 @@ class IdleWorker:
         self._is_stopping = True
         self._waiter.wake()
 
+    def _tick(self) -> None:
+        self._promoter.round()
+        self._sequels.take_up()
+
     def _work(self) -> None:
         while not self._is_stopping:
             if self._waiter.wait(IDLE_S):
                 self.woken_at.append(time.monotonic())
-            claims = self._store.claim([QUEUE], fleet_jobs_per_claim(), MANY_BYTES).claims
+            claims = self._store.claim([QUEUE], batch_jobs(ONE_TEXT), MANY_BYTES).claims
             if claims:
                 self.claimed_at.append(time.monotonic())
                 self._store.publish([Outcome(claim, "finished", self._payload, 0.01) for claim in claims])
-
-
-def fleet_jobs_per_claim() -> int:
-    """As many as a micro-batch has of short texts."""
-    from tests.bench.fleet_load import batch_jobs
-
-    return batch_jobs(ONE_TEXT)
 
 
 @contextmanager
@@ -107,9 +105,14 @@ def idle_fleet(server: RedisServer, num_workers: int) -> Iterator[list[IdleWorke
             stack.enter_context(IdleWorker(server.url, f"idle-{place}", payload)) for place in range(num_workers)
         ]
         # In the order of their beginning they would end one by one, each after its last wait.
-        stack.callback(lambda: [worker.ask_to_stop() for worker in workers])
+        stack.callback(_ask_all_to_stop, workers)
         until(lambda: client.info("clients")["blocked_clients"] >= num_workers, timeout_s=60)
         yield workers
+
+
+def _ask_all_to_stop(workers: Sequence[IdleWorker]) -> None:
+    for worker in workers:
+        worker.ask_to_stop()
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,9 @@ def job_cost(server: RedisServer, kind: Kind, number: int) -> JobCost:
     return JobCost(
         kind.texts,
         kind.precision,
-        *(part.cpu_s / number * 1e6 for part in parts),
+        enqueue_us=enqueueing.meter.cpu_s / number * 1e6,
+        work_us=working.meter.cpu_s / number * 1e6,
+        read_us=reading.meter.cpu_s / number * 1e6,
         bytes_in=sum(part.bytes_in for part in parts) / number,
         bytes_out=sum(part.bytes_out for part in parts) / number,
         queued_bytes=(queued - empty) / number,

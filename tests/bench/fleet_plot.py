@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 COLOURS = {"float32": "#1f4e79", "float16": "#2a9d8f", "int8": "#e9a23b"}
 FLEET, FLEET_TICKS = (*range(1, 16), *range(16, 257, 8)), (1, 4, 16, 64, 256)
+#: Thousand texts a second.
+RATE_TICKS = (10, 20, 50, 100, 200)
 DRAWN = ((1, "float32"), (64, "float32"), (64, "float16"), (64, "int8"))
 
 
@@ -45,7 +47,7 @@ def draw(found: Found, path: Path) -> None:
 
 def _capacity(axes: Axes, found: Found) -> None:
     for precision, colour in COLOURS.items():
-        costs = [cost for cost in found.costs if cost.precision == precision]
+        costs = [cost for cost in found.costs if cost.precision == precision and cost.texts != 60]
         texts, rates = [cost.texts for cost in costs], [cost.texts_per_s / 1e3 for cost in costs]
         axes.plot(texts, rates, "o-", color=colour, label=precision)
     device = texts_per_s(MIDDLE, SHORT) / 1e3
@@ -55,6 +57,7 @@ def _capacity(axes: Axes, found: Found) -> None:
     axes.set(xscale="log", yscale="log", xlabel="texts a job", ylabel="thousand texts/s", title=title)
     ticks = sorted({cost.texts for cost in found.costs} - {60})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_yticks(RATE_TICKS, [str(tick) for tick in RATE_TICKS])
     axes.legend(loc="lower right")
 
 

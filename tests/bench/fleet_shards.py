@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedq.producer import EmbedQueue
+from embedq.producer import EmbedQueue, requests
 from embedq.producer.connection import connect
 from embedq.producer.rendezvous import Rendezvous
 from embedq.worker.redis_server import RedisServer
@@ -56,5 +56,5 @@ def shard(kind: Kind, number: int, num_servers: int) -> Sharded:
 def largest_share(num_jobs: int, num_servers: int) -> float:
     """Of the fullest of many servers to the mean, by the hash alone."""
     homes = Rendezvous([f"shard-{place}" for place in range(num_servers)])
-    counts = Counter(homes.home(job_id) for job_id in fleet_jobs.requests.fresh_ids(num_jobs))
+    counts = Counter(homes.home(job_id) for job_id in requests.fresh_ids(num_jobs))
     return max(counts.values()) * num_servers / num_jobs
