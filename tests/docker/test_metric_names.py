@@ -23,7 +23,7 @@ _SUFFIXES = ("_total", "_bucket", "_sum", "_count", "_info")
 def _names_in_code() -> set[str]:
     """All strings in our packages that may be a metric's name: families may leave out what samples end in."""
     folders = (DOCKER.parent / folder for folder in ("producer", "worker"))
-    trees = (ast.parse(path.read_text()) for folder in folders for path in folder.glob("*.py"))
+    trees = (ast.parse(path.read_text()) for folder in folders for path in folder.rglob("*.py"))
     nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
     return {node.value for node in nodes if isinstance(node.value, str) and _METRIC.fullmatch(node.value)}
 

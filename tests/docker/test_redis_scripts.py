@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from embedq.worker.redis_server import CONFIGURATION, free_port
 from tests.conftest import until
@@ -38,7 +40,9 @@ class Container:
         return subprocess.Popen(["sh", DOCKER / "redis" / script], env=variables, stdout=subprocess.DEVNULL)
 
     def lets_in(self, user: str, password: str) -> bool:
-        with redis.Redis(port=self.port, username=f"embedq-{user}", password=password) as client:
+        # Without retries: a server that is not there yet is asked again by who waits for it.
+        once = Retry(NoBackoff(), 0)
+        with redis.Redis(port=self.port, username=f"embedq-{user}", password=password, retry=once) as client:
             try:
                 return bool(client.ping())
             except redis.RedisError:
