@@ -5,6 +5,7 @@ Knows options, and how an error becomes one line and an exit status; the work is
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -363,15 +364,19 @@ def _work(
     """In this process."""
     from rq.worker import DequeueStrategy
 
+    from embedq.worker.monitor import Monitor
     from embedq.worker.worker import EmbedWorker
 
     connection = connect(url)
+    monitor = Monitor(settings, name, queues, connection)
 
     def make() -> EmbedWorker:
         connection.ping()
-        return EmbedWorker(queues, name=name, connection=connection, settings=settings)
+        return EmbedWorker(queues, name=name, connection=connection, settings=settings, monitor=monitor)
 
-    with translated_errors(connection):
+    with translated_errors(connection), contextlib.closing(monitor):
+        # It answers probes while Redis cannot serve: to restart a worker for that would help nobody.
+        monitor.start()
         # Before the model is loaded.
         made = until_served(connection, make, settings.startup_timeout_s)
         made.work(burst=burst, max_jobs=max_jobs, dequeue_strategy=DequeueStrategy(dequeue_strategy))

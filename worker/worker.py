@@ -98,10 +98,18 @@ class EmbedWorker(SimpleWorker):
     pipeline: Pipeline
     quarantine: Quarantine
 
-    def __init__(self, queues: Any, *args: Any, settings: WorkerSettings | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        queues: Any,
+        *args: Any,
+        settings: WorkerSettings | None = None,
+        monitor: Monitor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """monitor: one that was started before Redis could be asked anything, which making a worker needs."""
         kwargs["serializer"] = EmbedSerializer
         super().__init__(queues, *args, **kwargs)
-        self._given_settings = settings
+        self._given_settings, self._given_monitor = settings, monitor
         #: held from a claim to the moment at which it is known as held, and by who leaves for good
         self._claiming = threading.Lock()
 
@@ -140,9 +148,8 @@ class EmbedWorker(SimpleWorker):
                 self._start_scheduler(burst, logging_level, date_format, log_format)
                 on_exit.callback(self._stop_scheduler)
             on_exit.enter_context(leaving_at_once())
-            self.monitor = Monitor(self.settings, self.name, self.queue_names(), self.connection)
+            self.monitor = self._given_monitor or self._start_monitor()
             on_exit.callback(self.monitor.close)
-            self.monitor.start()
             self._prepare()
             on_exit.callback(self.waiter.close)
             self.callbacks.start()
@@ -159,6 +166,11 @@ class EmbedWorker(SimpleWorker):
             on_exit.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(SWITCH_INTERVAL_S)
             return self._work(burst, max_jobs, max_idle_time) > 0
+
+    def _start_monitor(self) -> Monitor:
+        monitor = Monitor(self.settings, self.name, self.queue_names(), self.connection)
+        monitor.start()
+        return monitor
 
     def _prepare(self) -> None:
         keep_freed_memory()
