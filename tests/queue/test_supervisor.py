@@ -16,7 +16,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as read_metrics
 
 from embedq.producer import EmbedQueue, JobStatus
-from embedq.worker.redis_server import free_port
+from embedq.worker.redis_server import RedisServer, free_port
 from embedq.worker.supervision.probe import fetch
 from tests.conftest import until
 from tests.queue.test_shutdown import slow_device
@@ -119,6 +119,22 @@ def test_sighup_replaces_all_and_no_moment_is_without_a_process(start: Start) ->
     until(lambda: num_ready(port) == 2, PATIENCE_S)
     assert lowest >= 1
     assert "the rolling restart is done" in running.log.read_text()
+
+
+def test_a_redis_that_is_away_at_the_start_is_waited_for_and_is_no_hang(
+    short_path: Path,
+    start: Start,  # noqa: F811
+) -> None:
+    port = free_port()
+    server = RedisServer(short_path)
+    running = start("--processes", "1", "--metrics-port", str(port), at=server.url)
+    until(lambda: "waiting for Redis" in running.log.read_text(), PATIENCE_S)
+    until(lambda: "process 0 on auto: starting: starting" in fetch(port, "/readyz").body, PATIENCE_S)
+    assert (fetch(port, "/livez").status, fetch(port, "/readyz").status) == (200, 503)
+    with server:
+        until(lambda: num_ready(port) == 1, PATIENCE_S)
+    running.send(signal.SIGTERM)
+    running.ended(PATIENCE_S)
 
 
 def test_burst_ends_with_0_when_all_have_done_their_part(queue: EmbedQueue, start: Start) -> None:  # noqa: F811
