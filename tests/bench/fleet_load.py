@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -24,8 +25,10 @@ COST_WORKERS = 4
 #: Seconds of a paced run that are not looked at, for devices to come out of step.
 WARM_UP_S = 0.5
 SEED = 7
+#: Of the time in which a full server does one micro-batch of each worker; jobs beyond what it is thought to do.
+TURN_SHARE, SPARE = 1.25, 1.6
 #: Of the results that one run leaves in the server.
-MAX_RESULT_BYTES = 3e9
+MAX_RESULT_BYTES = 5e9
 
 
 def batch_jobs(kind: Kind) -> int:
@@ -110,22 +113,23 @@ def pace(
 ) -> Paced:
     """Devices begin out of step, by chance. Jobs are there before, as many as will be done.
 
-    most_jobs_per_s: that the server may do; without a device each worker begins the next micro-batch at once.
+    most_jobs_per_s: about what the server can do. Where that is less than what is asked of it, the run is long enough
+    for each worker to have its turn.
     """
-    payload, chance = fleet_jobs.result(kind), random.Random(SEED)
-    rate = min(most_jobs_per_s, num_workers * batch_jobs(kind) / cycle_s if cycle_s else most_jobs_per_s)
+    payload, chance, batch = fleet_jobs.result(kind), random.Random(SEED), batch_jobs(kind)
+    wanted = num_workers * batch / cycle_s if cycle_s else math.inf
+    turn_s = TURN_SHARE * num_workers * batch / most_jobs_per_s if wanted > most_jobs_per_s else 0.0
+    warm_up_s, seconds = max(WARM_UP_S, turn_s), max(seconds, turn_s)
+    number = SPARE * min(wanted, most_jobs_per_s) * (warm_up_s + seconds) + num_workers * batch
     with connect(server.url) as client, EmbedQueue(connection=client) as queue:
         _warm_up(server.url, queue, kind)
-        number = min(
-            rate * (seconds + 2 * WARM_UP_S) + num_workers * batch_jobs(kind), MAX_RESULT_BYTES / kind.vector_bytes
-        )
-        fleet_jobs.enqueue(queue, fleet_jobs.jobs(kind, int(number)))
+        fleet_jobs.enqueue(queue, fleet_jobs.jobs(kind, int(min(number, MAX_RESULT_BYTES / kind.vector_bytes))))
         workers = [
-            SimulatedWorker(server.url, f"simulated-{place}", kind, payload, batch_jobs(kind), cycle_s)
+            SimulatedWorker(server.url, f"simulated-{place}", kind, payload, batch, cycle_s)
             for place in range(num_workers)
         ]
         with SimulatedFleet(workers, [chance.uniform(0, cycle_s) for _ in workers]):
-            time.sleep(WARM_UP_S)
+            time.sleep(warm_up_s)
             before = [_so_far(worker.told) for worker in workers]
             with metered(client) as found:
                 time.sleep(seconds)
@@ -134,6 +138,8 @@ def pace(
     claims, publications, num_jobs, num_late = (
         [item for new in _news(workers, before, after) for item in new[part]] for part in range(4)
     )
+    if not publications:
+        raise RuntimeError(f"{num_workers} workers published nothing within {seconds:.1f} s")
     return Paced(
         num_workers,
         cycle_s,

@@ -151,8 +151,7 @@ class Simulation:
             )
 
     def _paced(self, into: dict[int, list[Paced]], kind: Kind, numbers: list[int], cycle_s: float) -> None:
-        # Twice what the costs say, so that jobs do not run out.
-        most = 2e6 / self.found.cost(kind.texts, kind.precision).work_us
+        most = 1e6 / self.found.cost(kind.texts, kind.precision).work_us
         with self._server() as server:
             into[kind.texts] = [pace(server, kind, number, cycle_s, self._scale.seconds, most) for number in numbers]
 
