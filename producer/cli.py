@@ -31,11 +31,20 @@ from embedq.producer.shards import split_urls
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+#: Where a command finds the URL as it was given, without the password of a file.
+GIVEN_URL = "embedq.given_url"
+
+
+def read_url(context: click.Context, _: click.Parameter, urls: str) -> str:
+    context.meta[GIVEN_URL] = urls
+    return " ".join(map(with_password, split_urls(urls)))
+
+
 url_option = click.option(
     "--url",
     default=DEFAULT_URL,
     show_default=True,
-    callback=lambda _context, _option, urls: " ".join(map(with_password, split_urls(urls))),
+    callback=read_url,
     help="Redis: redis://, rediss:// (TLS), unix://, or redis+sentinel://HOST:PORT,.../SERVICE/DB. One with a password"
     " belongs into EMBEDQ_URL, not into a command line; or EMBEDQ_PASSWORD_FILE names a file that has the password."
     " For a queue on several servers all of them, with spaces between them; a worker serves one.",

@@ -74,6 +74,12 @@ class HttpEndpoints:
         self._rendering = asyncio.Lock()
         self._is_serving = threading.Event()
 
+    @property
+    def address(self) -> str:
+        """For a log line."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port} ({', '.join(sorted(self._pages))})"
+
     def start(self) -> None:
         self._thread.start()
         self._is_serving.wait()
@@ -154,9 +160,10 @@ class HttpEndpoints:
             if self._is_making:
                 # The one before was given up, and still hangs.
                 return _plain(HTTPStatus.SERVICE_UNAVAILABLE)
-            self._is_making = True
             made: asyncio.Future[Answer] = self._loop.create_future()
             threading.Thread(target=self._make, args=(page, accept, made), name="embedq-http-page", daemon=True).start()
+            # Only where there is a thread, which tells on this one that it is done.
+            self._is_making = True
             return await made
 
     def _make(self, page: Page, accept: str, made: asyncio.Future[Answer]) -> None:

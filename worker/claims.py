@@ -22,6 +22,8 @@ from embedq.worker.staging import StagedScript
 
 #: Bytes of a result from which it goes past the script's arguments.
 STAGE_FROM_BYTES = 32 * 1024
+#: Ten years: no job has waited for longer.
+MAX_WAIT_S = 315_360_000.0
 #: Leases taken back in one call.
 RECOVER_JOBS = 500
 
@@ -240,10 +242,12 @@ def _read_claim(fields: Sequence[Any], claimed_at: float) -> Claim:
 
 
 def _seconds_since(moment: bytes, now: float) -> float:
+    """0 for what is no moment at which one of our jobs may have been enqueued."""
     try:
-        return max(0.0, now - datetime.fromisoformat(moment.decode()).timestamp())
-    except (ValueError, TypeError):
+        waited_s = now - datetime.fromisoformat(moment.decode()).timestamp()
+    except (ValueError, TypeError, OverflowError):
         return 0.0
+    return waited_s if 0 <= waited_s <= MAX_WAIT_S else 0.0
 
 
 def _flat(claims: Sequence[Claim]) -> list[str]:

@@ -337,7 +337,7 @@ def worker(
             return
         retitle(f"worker supervisor {shown}")
         ending = supervise(
-            url,
+            context.meta[client.GIVEN_URL],
             names,
             checked,
             SupervisorSettings(processes=processes or 1, hang_timeout_s=hang_timeout_s, restart_order=restart_order),

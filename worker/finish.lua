@@ -71,7 +71,8 @@ local function told_of_other(queue, id, execution, status)
   if status == 'canceled' then
     return CANCELED + sequel
   end
-  return (was_published(id, execution) and DONE or 0) + sequel
+  -- The result of a stopped job is stop.lua's.
+  return (status ~= 'stopped' and was_published(id, execution) and DONE or 0) + sequel
 end
 
 local function publish(i)

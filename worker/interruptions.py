@@ -49,7 +49,8 @@ class Interruptions:
             logger.warning("told to stop a job that is not in hand")
             logger.debug("job %.100r is not in hand", job_id, extra={"job": job_id[:100]})
         for claim in claims:
-            if self._stop_claim(claim):
+            # Stopped before, it stays in hand until the encoder is done with it.
+            if not self._leases.is_lost(claim) and self._stop_claim(claim):
                 logger.warning("a job is stopped on request")
                 logger.debug("job %s is stopped on request", job_id, extra={"job": job_id})
                 self._observer.stopped(claim, STOPPED)

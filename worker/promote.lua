@@ -13,6 +13,7 @@
 -- Returns {number moved, milliseconds until the next one is due or -1, number struck off, rate limits under which jobs
 -- wait now...}.
 
+local UNPARK_JOBS = 5000 -- taken up in one call, so that they keep their order
 local STALE_LOOKS = 10 -- parked jobs of later versions that are looked at in one call, whether they still wait
 
 local prefix, limit, version = ARGV[1], tonumber(ARGV[2]), ARGV[3]
@@ -69,7 +70,7 @@ local function is_parked(id)
   return redis.pcall('HGET', prefix .. ':job:' .. id, 'status') == 'queued'
 end
 
--- Parked jobs back to the head of their queue, the oldest first.
+-- Parked jobs back to the head of their queue, the oldest of one call first.
 local function unpark(queue)
   local parked = prefix .. ':embedq:parked:' .. queue
   clear_way('zset', parked)
@@ -77,7 +78,7 @@ local function unpark(queue)
     return
   end
   local readable = {}
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', parked, '-inf', version, 'LIMIT', 0, math.max(0, limit - moved - struck_off))) do
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', parked, '-inf', version, 'LIMIT', 0, UNPARK_JOBS)) do
     if is_parked(id) then
       readable[#readable + 1] = {id, redis.call('HGET', prefix .. ':job:' .. id, 'enqueued_at') or ''}
       moved = moved + 1

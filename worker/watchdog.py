@@ -45,6 +45,10 @@ class Watchdog:
         finally:
             del self._watched[thread]
 
+    def stuck(self, limit_s: float) -> list[Any]:
+        """What has taken longer than so many seconds, by the last tick."""
+        return [watched.what for watched in list(self._watched.values()) if watched.seconds > limit_s]
+
     def tick(self) -> None:
         """To be called about once a second."""
         now = time.monotonic()

@@ -280,6 +280,7 @@ class EmbedWorker(SimpleWorker):
         """Gives back what is claimed and unregisters. A Redis that is gone does not hide why the worker ends."""
         self.monitor.health.end()
         try:
+            self._charge_stuck()
             self._release_held()
             self.leases.stop()
             self.chores.stop()
@@ -416,6 +417,14 @@ class EmbedWorker(SimpleWorker):
             device.seconds["idle"],
             ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in cpu_s.items()),
         )
+
+    def _charge_stuck(self) -> None:
+        """What does not come back costs its jobs an attempt also where somebody else noticed and ends this worker, as
+        its /livez is red: given back as they were they would hold up the next worker too.
+        """
+        limit_s = self.settings.liveness_timeout_s
+        for at_work in self.watchdog.stuck(limit_s):
+            self.store.publish(blamed(at_work, "hung", f"it did not end within {limit_s:g} s"))
 
     def _release_held(self) -> None:
         held = self.leases.held()
@@ -557,5 +566,6 @@ class EmbedWorker(SimpleWorker):
             self._claiming.acquire(timeout=LAST_WORDS_S / 2)
             if outcomes:
                 self.store.publish(outcomes)
+            self._charge_stuck()
             self._release_held()
             self.register_death()

@@ -38,6 +38,8 @@ class ChildPlan:
     #: takes whole lines
     write: Callable[[bytes], object]
     program: Sequence[str] = EMBEDQ
+    #: of the Redis password that the URL lacks
+    password_file: str | None = None
 
 
 class ChildProcess:
@@ -53,12 +55,18 @@ class ChildProcess:
             own = ["--name", self.name, "--child-of", str(os.getpid())]
             self._process = processes.spawn(
                 worker_command(plan.queues, settings, [*plan.arguments, *own], plan.program),
-                {**worker_environment(plan.url), **thread_variables(share.threads)},
+                {**worker_environment(plan.url, plan.password_file), **thread_variables(share.threads)},
                 pass_fds=[listening.fileno()],
             )
         assert self._process.stdout is not None  # a pipe
-        self._relay = LineRelay(self._process.stdout, labelled(settings.log_format, index), plan.write)
-        self._probe = Probe(self.port)
+        try:
+            self._relay = LineRelay(self._process.stdout, labelled(settings.log_format, index), plan.write)
+            self._probe = Probe(self.port)
+        except RuntimeError as err:
+            # No thread is to be had, as under a container's limit: nobody would look after the process.
+            self._process.kill()
+            self._process.wait()
+            raise OSError(str(err)) from err
 
     @property
     def pid(self) -> int:

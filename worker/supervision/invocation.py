@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
+from embedq.producer.password_file import VARIABLE
 from embedq.worker.settings import ENVIRONMENT_PREFIX, WorkerSettings, environment_variable
 
 #: This Python's own `embedq`.
@@ -42,11 +43,13 @@ def settings_flags(settings: WorkerSettings) -> list[str]:
     return flags
 
 
-def worker_environment(url: str) -> dict[str, str]:
+def worker_environment(url: str, password_file: str | None = None) -> dict[str, str]:
     """All settings go by flags: what is set for commands typed here (EMBEDQ_BURST, ...) is not meant for the child."""
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(ENVIRONMENT_PREFIX) or name in INHERITED_VARIABLES
     }
+    if password_file is not None:
+        inherited[VARIABLE] = password_file
     return {**inherited, environment_variable("url"): url}

@@ -69,7 +69,8 @@ class FleetPages:
 
     def _scrape(self, accept: str) -> dict[int, Fetched]:
         """Of the processes that answer, in the same format; the others are counted."""
-        ports = {slot.index: slot.process.port for slot in self._supervisor.slots if slot.process is not None}
+        # Each is asked once for its process, which may end meanwhile.
+        ports = {slot.index: process.port for slot in self._supervisor.slots if (process := slot.process) is not None}
         if not ports:
             return {}
         with ThreadPoolExecutor(len(ports), thread_name_prefix="embedq-scrape") as pool:

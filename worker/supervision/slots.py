@@ -108,6 +108,11 @@ class Slot:
             return "ready" if self.is_ready else f"{self.state.value}: {process.health().why}"
         return self.state.value.replace("_", " ") + (f": {ending.words}" if ending and ending.words else "")
 
+    def describe_newest(self) -> str:
+        """What the process that is to take over says of itself."""
+        newest = self._replacement or self._current
+        return newest.process.health().why if newest is not None else self.describe()
+
     # --- what is done with it
 
     def start(self, now: float) -> None:
@@ -192,7 +197,9 @@ class Slot:
                 self._leaving.append(self._current)
             self._current, self._replacement = tenure, None
         if tenure is self._current:
-            self.state, self._is_rolling = SlotState.RUNNING, False
+            self.state = SlotState.RUNNING
+            # The one that is to follow may still be starting.
+            self._is_rolling = self._is_rolling and self._replacement is not None
 
     def _follow_end(self, tenure: Tenure, now: float) -> None:
         if tenure in self._leaving:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Literal, get_args
 from embedq.producer.connection import connect
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.http_endpoints import HttpEndpoints
+from embedq.producer.password_file import VARIABLE as PASSWORD_FILE_VARIABLE
+from embedq.producer.password_file import with_password
 from embedq.worker.cores import Share, asked_threads, cpu_quota, shares, usable_cores
 from embedq.worker.settings import WorkerSettings
 from embedq.worker.supervision.children import ChildPlan, ChildProcess, write_to_stderr
@@ -24,6 +27,8 @@ from embedq.worker.supervision.invocation import EMBEDQ
 from embedq.worker.supervision.pages import FleetPages
 from embedq.worker.supervision.slots import Ending, Slot, SlotRules
 from embedq.worker.supervision.supervisor import Supervisor
+
+logger = logging.getLogger("embedq.supervisor")
 
 #: As a device: one process, or --processes of them, on each that is visible.
 ALL_CUDA = "cuda:all"
@@ -117,6 +122,7 @@ def served(supervisor: Supervisor, host: str, port: int | None) -> Iterator[None
         return
     endpoints = HttpEndpoints(host, port, FleetPages(supervisor).pages)
     endpoints.start()
+    logger.info("probes and metrics of all processes: %s", endpoints.address)
     try:
         yield
     finally:
@@ -135,9 +141,12 @@ def supervise(
     dequeue_strategy: str,
     debug: bool,
 ) -> Ending:
-    """`embedq worker` for several processes. Raises ConfigurationError before any is started."""
+    """`embedq worker` for several processes. Raises ConfigurationError before any is started.
+
+    url: as it was given; each process reads the password's file itself, which may have another by then.
+    """
     # What is wrong with the URL is to be said once.
-    connect(url).close()
+    connect(with_password(url)).close()
     plan = ChildPlan(
         url=url,
         queues=queues,
@@ -150,6 +159,7 @@ def supervise(
         base_name=name or f"{socket.gethostname()}.{os.getpid()}",
         write=write_to_stderr,
         program=(*EMBEDQ, "--debug") if debug else EMBEDQ,
+        password_file=os.environ.get(PASSWORD_FILE_VARIABLE),
     )
     supervisor = make_supervisor(plan, supervised, ends_by_itself=burst or max_jobs is not None)
     with served(supervisor, settings.metrics_host, settings.metrics_port):

@@ -25,6 +25,8 @@ logger = logging.getLogger("embedq.supervisor")
 
 #: Seconds between two looks at the processes; a signal, such as that of one which ended, is seen at once.
 TICK_EVERY_S = 0.2
+#: Seconds after which a replacement that is not ready is told of.
+SLOW_ROLL_S = 60.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
@@ -48,6 +50,8 @@ class Supervisor:
         self._second_signal: int | None = None
         self._to_roll: deque[Slot] = deque()
         self._rolling: Slot | None = None
+        #: when the slot that rolls is told of as slow
+        self._tell_roll_at = 0.0
 
     def run(self) -> Ending:
         """Returns once no process is left. For the main thread, which the processes are tied to."""
@@ -142,3 +146,10 @@ class Supervisor:
         if self._rolling is None and self._to_roll:
             self._rolling = self._to_roll.popleft()
             self._rolling.roll(now)
+            self._tell_roll_at = now + SLOW_ROLL_S
+        elif self._rolling is not None and now >= self._tell_roll_at:
+            self._tell_roll_at = now + SLOW_ROLL_S
+            logger.warning(
+                "the rolling restart still waits for process %d: %s",
+                *(self._rolling.index, self._rolling.describe_newest()),
+            )

@@ -56,6 +56,10 @@ class LimitedHandler(logging.StreamHandler):  # type: ignore[type-arg]
         kind = _kind(record)
         now = time.monotonic()
         window = self._windows.get(kind)
+        if window is not None and window.held and now - window.began_at > 2 * WINDOW_S:
+            # The thread that was to tell could not begin.
+            self._tell(kind)
+            window = None
         if window is None or (not window.held and now - window.began_at >= WINDOW_S):
             self._forget_old(now)
             if len(self._windows) >= MAX_KINDS:

@@ -66,6 +66,8 @@ class Monitor:
         self._figures = Figures(self)
         self._metrics: Metrics | None = None
         self._endpoints: HttpEndpoints | None = None
+        #: of a supervisor, which tells where all are served
+        self._is_child = settings.metrics_fd is not None
         self.observer: Observer = self._figures
         if settings.metrics_port is not None:
             self._metrics = _make_metrics(queues, self, name)
@@ -81,10 +83,8 @@ class Monitor:
         if self._endpoints is not None:
             self._traffic.watch(self._client)
             self._endpoints.start()
-            logger.info(
-                "probes and metrics: http://%s:%d/livez, /readyz and /metrics",
-                *(_in_url(self._endpoints.host), self._endpoints.port),
-            )
+            if not self._is_child:
+                logger.info("probes and metrics: %s", self._endpoints.address)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -234,7 +234,3 @@ def version() -> str:
 
 def _judged(why_not: str | None) -> Answer:
     return Answer(200, b"ok\n") if why_not is None else Answer(503, f"{why_not}\n".encode())
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
