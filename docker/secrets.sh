@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")"
 mkdir -p secrets
 chmod 700 secrets
-for name in worker producer observer admin replica sentinel grafana; do
+for name in worker producer observer exporter admin replica sentinel grafana; do
     file=secrets/$name-password
     if [ ! -e "$file" ]; then
         head -c 24 /dev/urandom | base64 | tr '+/' '-_' >"$file.new"

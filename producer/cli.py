@@ -22,10 +22,12 @@ from embedq.producer.client import DEFAULT_QUEUE
 from embedq.producer.connection import DEFAULT_URL
 from embedq.producer.embeddings import Embeddings
 from embedq.producer.errors import EmbedqError, JobNotFoundError, PartialEnqueueError
+from embedq.producer.open_queue import open_queue
 from embedq.producer.options import Precision, TruncationSide
 from embedq.producer.password_file import with_password
 from embedq.producer.queue import EmbedQueue
 from embedq.producer.settings import FAILURE_TTL_S, RESULT_TTL_S, RETRIES
+from embedq.producer.shards import split_urls
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,9 +35,10 @@ url_option = click.option(
     "--url",
     default=DEFAULT_URL,
     show_default=True,
-    callback=lambda _context, _option, url: with_password(url),
+    callback=lambda _context, _option, urls: " ".join(map(with_password, split_urls(urls))),
     help="Redis: redis://, rediss:// (TLS), unix://, or redis+sentinel://HOST:PORT,.../SERVICE/DB. One with a password"
-    " belongs into EMBEDQ_URL, not into a command line; or EMBEDQ_PASSWORD_FILE names a file that has the password.",
+    " belongs into EMBEDQ_URL, not into a command line; or EMBEDQ_PASSWORD_FILE names a file that has the password."
+    " For a queue on several servers all of them, with spaces between them; a worker serves one.",
 )
 queue_option = click.option("--queue", default=DEFAULT_QUEUE, show_default=True, help="Name of the queue.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
@@ -159,7 +162,7 @@ def enqueue(
     everything = read_texts(texts, file)
     if job_id is not None and len(everything) != 1 and not one_job:
         raise click.UsageError("--job-id names one job: give one text, or --one-job")
-    with EmbedQueue(url, queue=queue) as client:
+    with open_queue(url, queue) as client:
         if one_job or job_id is not None:
             jobs = [client.enqueue_in(delay_s, everything, job_id=job_id, **keywords)]
         else:
@@ -201,7 +204,7 @@ def embed(
     check_output(file_format, output_file)
     if keywords["output"] == "tokens" and file_format == "npy":
         raise click.UsageError("npy cannot say which token is of which text; choose safetensors, json or jsonl")
-    with EmbedQueue(url, queue=queue) as client:
+    with open_queue(url, queue) as client:
         result = client.embed(read_texts(texts, file), timeout=timeout, **keywords)
     write_result(result, file_format, output_file)
 
@@ -215,7 +218,7 @@ def status(job_ids: tuple[str, ...], url: str, as_json: bool) -> None:
 
     Exits with 3 if one of them does not exist or has expired.
     """
-    with EmbedQueue(url) as client:
+    with open_queue(url) as client:
         found = client.statuses(job_ids)
     for job_id, job_status in found.items():
         if as_json:
@@ -239,7 +242,7 @@ def result(job_id: str, file_format: str, output_file: Path | None, timeout: flo
     embedq result JOB_ID --format npy --output vectors.npy
     """
     check_output(file_format, output_file)
-    with EmbedQueue(url) as client:
+    with open_queue(url) as client:
         embeddings = client.result(job_id, timeout=timeout)
     write_result(embeddings, file_format, output_file)
 
@@ -256,7 +259,7 @@ def group(name: str, is_canceled: bool, url: str, as_json: bool) -> None:
     embedq enqueue --file sentences.txt --group nightly
     embedq group nightly
     """
-    with EmbedQueue(url) as client:
+    with open_queue(url) as client:
         jobs = client.group(name)
         if is_canceled:
             click.echo(f"{jobs.cancel():,} jobs canceled", err=True)
@@ -363,7 +366,7 @@ def _print_ids(job_ids: list[str], as_json: bool) -> None:
 def _for_each(job_ids: tuple[str, ...], url: str, action: Callable[[EmbedQueue, str], str], as_json: bool) -> None:
     """Every job is tried; the first error ends the command after the last."""
     first_error: EmbedqError | None = None
-    with EmbedQueue(url) as client:
+    with open_queue(url) as client:
         for job_id in job_ids:
             try:
                 outcome = action(client, job_id)

@@ -137,6 +137,11 @@ def _scheme(url: object) -> str:
 
 def _settings(url: str, options: dict[str, Any]) -> dict[str, Any]:
     scheme = _scheme(url)
+    if isinstance(url, str) and len(url.split("://")) > 2 and len(url.split()) > 1:
+        raise ConfigurationError(
+            f"{without_secrets(url)} names several servers where one is meant; a worker, for example, serves one: start"
+            " one for each"
+        )
     if scheme not in (*_CONNECTIONS, *sentinel_url.SCHEMES):
         raise ConfigurationError(
             f"{without_secrets(url)} is no Redis URL; write redis://HOST:PORT/DB, rediss://..., unix:///PATH or"

@@ -1,4 +1,4 @@
-"""The operator's half of the command line: info, exporter.
+"""The operator's half of the command line: info, top, failed, exporter.
 
 Knows click; what is looked at is in `fleet`, how it looks in `tables`. Needs neither torch nor a worker.
 """
@@ -10,6 +10,7 @@ import click
 from embedq.producer import fleet
 from embedq.producer.cli import echo_json, json_option, url_option
 from embedq.producer.connection import connect
+from embedq.producer.failed_cli import failed_group
 
 
 @click.command()
@@ -22,9 +23,29 @@ def info(url: str, as_json: bool) -> None:
     if as_json:
         echo_json(seen.to_plain())
     else:
-        from embedq.producer import tables
+        from embedq.producer import fleet_tables
 
-        tables.print_fleet(seen)
+        fleet_tables.print_fleet(seen)
+
+
+@click.command()
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+@click.option("--once", is_flag=True, help="Print one picture and end.")
+@url_option
+def top(interval: float, once: bool, url: str) -> None:
+    """Watch queues and workers until Ctrl-C: what waits, how fast it is worked off, what fails.
+
+    The wider the terminal, the more columns. Into a pipe go pictures one below the other.
+    """
+    from embedq.producer.top import run_top
+
+    run_top(url, interval, once=once)
 
 
 @click.command()
@@ -47,4 +68,4 @@ def exporter(host: str, port: int, url: str) -> None:
 
 
 #: What `embedq` offers an operator.
-COMMANDS = (info, exporter)
+COMMANDS = (info, top, failed_group, exporter)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -68,7 +69,8 @@ class HttpEndpoints:
         self._thread = threading.Thread(target=self._run, name="embedq-http", daemon=True)
         #: of each connection, the oldest first
         self._tasks: dict[asyncio.Task[Any], None] = {}
-        self._renderer: threading.Thread | None = None
+        #: a slow page, though perhaps nobody waits for it any more
+        self._is_making = False
         self._rendering = asyncio.Lock()
         self._is_serving = threading.Event()
 
@@ -149,34 +151,32 @@ class HttpEndpoints:
 
     async def _render(self, page: Page, accept: str) -> Answer:
         async with self._rendering:
-            if self._renderer is not None and self._renderer.is_alive():
+            if self._is_making:
                 # The one before was given up, and still hangs.
                 return _plain(HTTPStatus.SERVICE_UNAVAILABLE)
+            self._is_making = True
             made: asyncio.Future[Answer] = self._loop.create_future()
-            self._renderer = threading.Thread(
-                target=_make, args=(page, accept, made), name="embedq-http-page", daemon=True
-            )
-            self._renderer.start()
+            threading.Thread(target=self._make, args=(page, accept, made), name="embedq-http-page", daemon=True).start()
             return await made
 
+    def _make(self, page: Page, accept: str, made: asyncio.Future[Answer]) -> None:
+        answer, error = None, None
+        try:
+            answer = page.answer(accept)
+        except Exception as err:
+            error = err
+        # Closed meanwhile: nobody waits.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._tell, made, answer, error)
 
-def _make(page: Page, accept: str, made: asyncio.Future[Answer]) -> None:
-    def tell(answer: Answer | None, err: BaseException | None) -> None:
+    def _tell(self, made: asyncio.Future[Answer], answer: Answer | None, error: Exception | None) -> None:
+        self._is_making = False
         if made.done():  # given up
             return
-        if err is not None:
-            made.set_exception(err)
+        if error is not None:
+            made.set_exception(error)
         elif answer is not None:
             made.set_result(answer)
-
-    answer, error = None, None
-    try:
-        answer = page.answer(accept)
-    except Exception as err:
-        error = err
-    # Closed meanwhile: nobody waits.
-    with contextlib.suppress(RuntimeError):
-        made.get_loop().call_soon_threadsafe(tell, answer, error)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -184,10 +184,25 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         listening = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+    except socket.gaierror as err:
+        raise ConfigurationError(f"cannot listen on {host}: {err.strerror}") from err
     except (OSError, OverflowError, UnicodeError) as err:
-        reason = err.strerror if isinstance(err, OSError) else str(err)
+        # Python's own text names the address once more.
+        reason = os.strerror(err.errno) if isinstance(err, OSError) and err.errno else str(err)
         raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}; choose another") from err
     return listening
+
+
+def inherited(descriptor: int) -> socket.socket:
+    """A socket that another process has made to listen. Raises ConfigurationError where it is none."""
+    try:
+        found = socket.socket(fileno=descriptor)
+    except OSError as err:
+        raise ConfigurationError(f"file descriptor {descriptor} is no socket") from err
+    if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        found.detach()
+        raise ConfigurationError(f"file descriptor {descriptor} is no socket that listens")
+    return found
 
 
 def _read(head: bytes) -> _Request | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -32,6 +33,8 @@ class LoopThread:
         future = asyncio.run_coroutine_threadsafe(_started(start), loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise closed() from None
         except BaseException:
             future.cancel()
             raise

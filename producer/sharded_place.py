@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from embedq.producer import calls, groups, requests
 from embedq.producer.calls import CHUNK_STATUSES, NOW, Fork, Operation, Start
@@ -35,7 +35,15 @@ from embedq.producer.status import JobStatus
 Result = TypeVar("Result")
 
 #: Seconds for which a shard that could not be used gets no jobs with ids of our own.
-AVOIDED_S = 5.0
+AVOIDED_S = 30.0
+
+
+class _Sent(NamedTuple):
+    #: ids
+    accepted: set[str]
+    known: set[str]
+    #: by shard
+    failed: dict[str, EmbedqError]
 
 
 class ShardedPlace(Place):
@@ -56,35 +64,42 @@ class ShardedPlace(Place):
         """As on one server, all shards at once; `max_depth` is shared out among them.
 
         What a shard cannot take because it is away or full of memory goes to the others, under ids that are theirs,
-        where ids may be renamed and nothing is depended on. Raises InvalidOptionError for dependencies on different
-        shards, or on another one than the job.
+        where ids may be renamed, nothing is depended on and a job may run twice (it has retries). Raises
+        InvalidOptionError for dependencies on different shards, or on another one than the job.
         """
         sending = yield from self._placed(jobs, settings, may_rename=may_rename)
-        may_move = may_rename and not settings.depends_on
-        shared = self._share(settings)
+        # What failed may have got through all the same: without retries a job is not to run twice.
+        may_move = may_rename and not settings.depends_on and settings.retries > 0
         known: set[str] = set()
         accepted: set[str] = set()
         gone: set[str] = set()
-        left = sending
-        while left:
-            parts = self._shards.split(left, key=_id_of)
-            calls_by_shard = {
-                shard: calls.enqueue_in_chunks(self.queue, part, shared, start) for shard, part in parts.items()
-            }
-            failed: dict[str, EmbedqError] = {}
-            for shard, reply in (yield Fork(calls_by_shard)).items():
-                if isinstance(reply, EmbedqError):
-                    failed[shard] = reply
-                    accepted.update(reply.job_ids if isinstance(reply, PartialEnqueueError) else ())
-                else:
-                    known |= reply
-                    accepted.update(job.job_id for job in parts[shard])
-            gone.update(failed)
-            if failed and not (may_move and self._is_passing(failed) and len(gone) < len(self._shards.names)):
-                raise _joined(failed, sending, accepted)
-            sending = [job if job.job_id in accepted else self._elsewhere(job, gone) for job in sending]
-            left = [job for job in sending if job.job_id not in accepted]
+        while left := [job for job in sending if job.job_id not in accepted]:
+            sent = yield from self._send(left, settings, start)
+            known |= sent.known
+            accepted |= sent.accepted
+            gone.update(sent.failed)
+            if sent.failed and not (self._is_passing(sent.failed) and may_move and len(gone) < len(self._shards.names)):
+                raise _joined(sent.failed, sending, accepted)
+            avoided = self._avoided(gone)
+            sending = [job if job.job_id in accepted else self._elsewhere(job, avoided) for job in sending]
         return Enqueued(sending, frozenset(known))
+
+    def _send(self, jobs: Sequence[Request], settings: JobSettings, start: Start) -> Operation[_Sent]:
+        """Each job to its shard, all shards at once."""
+        parts = self._shards.split(jobs, key=lambda job: job.job_id)
+        shared = self._share(settings)
+        replies = yield Fork(
+            {shard: calls.enqueue_in_chunks(self.queue, part, shared, start) for shard, part in parts.items()}
+        )
+        sent = _Sent(set(), set(), {})
+        for shard, reply in replies.items():
+            if isinstance(reply, EmbedqError):
+                sent.failed[shard] = reply
+                sent.accepted.update(reply.job_ids if isinstance(reply, PartialEnqueueError) else ())
+            else:
+                sent.known.update(reply)
+                sent.accepted.update(job.job_id for job in parts[shard])
+        return sent
 
     def enqueue_own(self, jobs: Sequence[Request], settings: JobSettings) -> Operation[Enqueued]:
         """As on one server. Jobs that got through are canceled here, as their ids may be new to the caller."""
@@ -111,7 +126,9 @@ class ShardedPlace(Place):
         if settings.depends_on:
             shard = yield from self._shard_of_all(settings.depends_on)
             return [self._moved(job, shard, may_rename=may_rename) for job in jobs]
-        return [self._elsewhere(job) for job in jobs] if may_rename and self._avoided_until else list(jobs)
+        if may_rename and (avoided := self._avoided()):
+            return [self._elsewhere(job, avoided) for job in jobs]
+        return list(jobs)
 
     def _moved(self, job: Request, shard: str, *, may_rename: bool) -> Request:
         home = self._shards.home(job.job_id)
@@ -154,12 +171,16 @@ class ShardedPlace(Place):
             self._avoided_until[shard] = time.monotonic() + AVOIDED_S
         return True
 
-    def _elsewhere(self, job: Request, gone: Collection[str] = ()) -> Request:
-        """The job under an id of another shard if its own is gone, or avoided while there are others."""
+    def _avoided(self, gone: Collection[str] = ()) -> set[str]:
+        """Shards that get no jobs which others may take: those that are gone, and those that were not long ago, unless
+        these are all.
+        """
         now = time.monotonic()
         avoided = {shard for shard, until in self._avoided_until.items() if until > now}.union(gone)
-        if len(avoided) == len(self._shards.names):
-            avoided = set(gone)
+        return avoided if len(avoided) < len(self._shards.names) else set(gone)
+
+    def _elsewhere(self, job: Request, avoided: Collection[str]) -> Request:
+        """The job under an id of another shard if its own is avoided."""
         job_id = job.job_id
         while self._shards.home(job_id) in avoided:
             [job_id] = requests.fresh_ids(1)
@@ -275,10 +296,6 @@ def _joined(failed: Mapping[str, EmbedqError], jobs: Sequence[Request], accepted
     err = PartialEnqueueError.of(message, [job.job_id for job in jobs], accepted, retryable=is_retryable)
     err.__cause__ = cause
     return err
-
-
-def _id_of(job: Request) -> str:
-    return job.job_id
 
 
 def _unless_error(reply: Result | EmbedqError) -> Result:

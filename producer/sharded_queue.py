@@ -40,9 +40,9 @@ class ShardedEmbedQueue(EmbedQueue):
     Every method does what `EmbedQueue`'s does, and besides:
 
     - A shard that is away or full costs its own jobs alone: their outcome is QueueConnectionError or QueueServerError.
-      Jobs with ids of embedq's go to the others, which may leave one behind that nobody knows if its shard goes just
-      as it takes the job. With `job_id`, `dedupe` or `depends_on` the error is raised; of several jobs,
-      PartialEnqueueError names those that got through.
+      Jobs with ids of embedq's own go to the others, which may leave one behind that nobody knows if its shard goes
+      just as it takes the job. With `job_id`, `dedupe`, `depends_on` or `retries=0` the error is raised; of several
+      jobs, PartialEnqueueError names those that got through. `embed_stream` goes on without the shard.
     - `max_depth` is shared out: each shard takes its part, rounded up.
     - Jobs that `depends_on` ties together must be on one shard: see `id_beside`. Raises InvalidOptionError.
     """

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from embedq.producer import sentinel_url
 from embedq.producer.checks import shown
-from embedq.producer.connection import DEFAULT_URL, without_secrets
+from embedq.producer.connection import without_secrets
 from embedq.producer.errors import ConfigurationError
 
 #: How shards are given: their URLs, or URLs by name.
@@ -21,6 +21,8 @@ ShardUrls = Iterable[str] | Mapping[str, str]
 #: Redis' own port, where a host is named without one.
 REDIS_PORT = 6379
 MAX_NAME_CHARS = 256
+#: A password may have a space; what follows white space up to a scheme is another URL.
+_BETWEEN = re.compile(r"\s+(?=\S+://)")
 _NAMED = re.compile(r"(?P<name>(?:(?!//)[\w.:/-])+)=(?P<url>[a-z+]+://.*)", re.ASCII)
 
 
@@ -31,10 +33,7 @@ def shard_urls(given: ShardUrls) -> dict[str, str]:
     named = given.items() if isinstance(given, Mapping) else [(shard_name(url), url) for url in given]
     found: dict[str, str] = {}
     for name, url in named:
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
-            raise ConfigurationError(f"a shard's name is 1 to {MAX_NAME_CHARS} printable characters, not {shown(name)}")
-        if name in found:
-            raise ConfigurationError(f"the shard {name} is there twice")
+        _check_new(name, found)
         found[name] = url
     if not found:
         raise ConfigurationError("there must be one shard at least")
@@ -61,18 +60,27 @@ def shard_name(url: object) -> str:
         raise ConfigurationError(f"the Redis URL {without_secrets(url)} cannot be read") from None
 
 
-def read_urls(text: str) -> dict[str, str]:
-    """Of a setting, EMBEDQ_URL or `--url`: URLs with white space between them, each perhaps as NAME=URL, by name.
+def split_urls(text: str) -> list[str]:
+    """The URLs of a setting with white space between them."""
+    return _BETWEEN.split(text.strip())
 
-    Raises ConfigurationError.
-    """
-    found: list[tuple[str, str]] = []
-    for word in text.split() or [DEFAULT_URL]:
+
+def read_urls(text: str) -> dict[str, str]:
+    """The same, each perhaps written NAME=URL, by name. Raises ConfigurationError."""
+    found: dict[str, str] = {}
+    for word in split_urls(text):
         match = _NAMED.fullmatch(word)
-        found.append((match["name"], match["url"]) if match else (shard_name(word), word))
-    if len(dict(found)) < len(found):
-        raise ConfigurationError("two of the Redis URLs are of one shard; name each server once")
-    return shard_urls(dict(found))
+        name, url = (match["name"], match["url"]) if match else (shard_name(word), word)
+        _check_new(name, found)
+        found[name] = url
+    return found
+
+
+def _check_new(name: object, found: Mapping[str, str]) -> None:
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+        raise ConfigurationError(f"a shard's name is 1 to {MAX_NAME_CHARS} printable characters, not {shown(name)}")
+    if name in found:
+        raise ConfigurationError(f"two shards are called {name}; give each server once, or names of their own")
 
 
 def _database_option(query: str) -> str:

@@ -18,7 +18,14 @@ from embedq.producer.calls import News, Operation, Step, WaitFor
 from embedq.producer.checks import is_int, one_of, shown
 from embedq.producer.embedding import usual_texts_per_job
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.errors import EmbedqError, InvalidOptionError, InvalidTextError, JobFailedError, ResultTimeoutError
+from embedq.producer.errors import (
+    EmbedqError,
+    InvalidOptionError,
+    InvalidTextError,
+    JobFailedError,
+    QueueConnectionError,
+    ResultTimeoutError,
+)
 from embedq.producer.options import MAX_TEXTS_PER_JOB, EmbedOptions, check_text
 from embedq.producer.outcomes import Outcome, fitting
 from embedq.producer.places import Place
@@ -281,7 +288,12 @@ class TextStream:
             yield from zip(part.texts, result.split(), strict=True)
 
     def _fail_part(self, part: _Part, error: EmbedqError) -> _Part:
-        """The texts that deserve another chance: all but the guilty one, if the job's failure names it."""
+        """The texts that deserve another chance: all but the guilty one, if the job's failure names it, and all of a
+        job that nobody else knows whose server cannot be reached.
+        """
+        may_run_twice = self._settings.forget and self._job_settings.retries > 0
+        if isinstance(error, QueueConnectionError) and error.retryable and may_run_twice:
+            return part  # the job's shard is away; another one takes it
         index = error.text_index if isinstance(error, JobFailedError) else None
         if isinstance(error, JobFailedError) and index is not None:
             guilty = part.places[index]

@@ -1,4 +1,4 @@
-"""How results and fleets look on a terminal. Knows rich; asks nothing of Redis.
+"""How results look on a terminal. Knows rich; asks nothing of Redis.
 
 Imported when something is shown: rich and numpy take a tenth of a second that scripts need not wait for.
 """
@@ -9,11 +9,9 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from embedq.producer.checks import printable
 from embedq.producer.embeddings import Embeddings
-from embedq.producer.fleet import FleetInfo
 
 
 def print_summary(result: Embeddings) -> None:
@@ -32,30 +30,3 @@ def print_summary(result: Embeddings) -> None:
         f"{rows} x {columns} {result.vectors.dtype} by {escape(printable(result.model))}: "
         f"queued {timings.queued_s:.3f} s, encoded {timings.encode_s:.3f} s, in all {timings.total_s:.3f} s"
     )
-
-
-def print_fleet(seen: FleetInfo) -> None:
-    console = Console()
-    if seen.suspended:
-        console.print("[yellow]suspended: no worker takes jobs until `rq resume`[/yellow]")
-    if not seen.queues and not seen.workers:
-        console.print("no queues and no workers here yet; `embedq worker` starts one")
-        return
-    queues = Table("queue", "queued", "started", "finished", "failed", "canceled")
-    for queue in seen.queues:
-        counts = (queue.queued, queue.started, queue.finished, queue.failed, queue.canceled)
-        queues.add_row(_plain(queue.name), *(f"{count:,}" for count in counts))
-    console.print(queues)
-    workers = Table("worker", "state", "queues", "model", "device", "done", "failed", "on")
-    for worker in seen.workers:
-        workers.add_row(
-            *map(_plain, (worker.name, worker.state, ", ".join(worker.queues), worker.model or "(stock rq)")),
-            *(_plain(worker.device), f"{worker.jobs_done:,}", f"{worker.jobs_failed:,}"),
-            _plain(f"{worker.host}:{worker.pid}"),
-        )
-    console.print(workers if seen.workers else "no worker is running; `embedq worker` starts one")
-
-
-def _plain(found: str) -> Text:
-    """What anybody may have written into Redis, neither as markup nor as commands to the terminal."""
-    return Text(printable(found))

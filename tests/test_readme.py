@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,18 @@ def commands() -> list[str]:
     return [line for line in lines if line and not line.startswith(NOT_HERE)]
 
 
-@pytest.fixture(scope="module")
-def service() -> Iterator[str]:
+@contextmanager
+def running_service() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="eq-") as folder:
         server = RedisServer(Path(folder))
         with local_service(server, "embed", WorkerSettings(model="noop:768")):
             yield server.url
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[str]:
+    with running_service() as url:
+        yield url
 
 
 def test_the_clients_code_runs(service: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +62,13 @@ def test_the_event_loops_code_runs(service: str, capsys: pytest.CaptureFixture[s
     assert '"redis://localhost:6379/0"' in code
     exec(code.replace("redis://localhost:6379/0", service), {})
     assert capsys.readouterr().out == "100 (1, 768)\n0 (768,)\n1 (768,)\n"
+
+
+def test_the_code_for_several_servers_runs(service: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = next(block for block in blocks("python") if "ShardedEmbedQueue(" in block)
+    with running_service() as other:
+        exec(code.replace("redis://redis-1:6379/0", service).replace("redis://redis-2:6379/0", other), {})
+    assert capsys.readouterr().out.startswith("(1, 768)\n{")
 
 
 @pytest.mark.real_model

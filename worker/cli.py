@@ -33,8 +33,7 @@ from embedq.producer.errors import (
     QueueServerError,
     ResultTimeoutError,
 )
-from embedq.worker import logs
-from embedq.worker.probe import health
+from embedq.worker.health_command import health
 from embedq.worker.processes import follow_parent, retitle
 from embedq.worker.settings import DequeueStrategyName, LogFormat, WorkerSettings, environment_variable
 from embedq.worker.startup import leaving_at_once, until_served
@@ -50,13 +49,14 @@ from embedq.worker.statuses import (
     EXIT_USAGE,
     MEANINGS,
 )
-from embedq.worker.supervision import (
+from embedq.worker.supervision.supervise import (
     ALL_CUDA,
     MAX_PROCESSES,
     RestartOrder,
     SupervisorSettings,
     supervise,
 )
+from embedq.worker.telemetry import logs
 
 #: The first class that fits an error gives the exit status; any other error gives 1.
 EXIT_STATUSES: tuple[tuple[type[Exception], int], ...] = (
@@ -363,15 +363,16 @@ def _work(
     """In this process."""
     from rq.worker import DequeueStrategy
 
+    from embedq.worker.telemetry.monitor import Monitor
     from embedq.worker.worker import EmbedWorker
 
     connection = connect(url)
 
     def make() -> EmbedWorker:
         connection.ping()
-        return EmbedWorker(queues, name=name, connection=connection, settings=settings)
+        return EmbedWorker(queues, name=name, connection=connection, settings=settings, monitor=monitor)
 
-    with translated_errors(connection):
+    with translated_errors(connection), Monitor(settings, name, queues, connection) as monitor:
         # Before the model is loaded.
         made = until_served(connection, make, settings.startup_timeout_s)
         made.work(burst=burst, max_jobs=max_jobs, dequeue_strategy=DequeueStrategy(dequeue_strategy))
@@ -385,16 +386,28 @@ def _work(
     help="Folder of Redis' data, kept across restarts; default: the user's data folder.",
 )
 @client.queue_option
+@_supervisor_options
 @_settings_options
-def up(port: int, data: Path | None, queue: str, **settings: Any) -> None:
-    """Start a Redis and one worker on this machine; Ctrl-C stops both.
+def up(
+    port: int,
+    data: Path | None,
+    queue: str,
+    processes: int | None,
+    hang_timeout_s: float,
+    restart_order: RestartOrder,
+    **settings: Any,
+) -> None:
+    """Start a Redis and a worker on this machine; Ctrl-C stops both.
 
     What is queued or finished is still there at the next start. For one machine and for development; a fleet has
     a Redis of its own and runs `embedq worker`.
     """
     from embedq.worker.local import run_local_service
 
-    run_local_service(port, data, queue, WorkerSettings(**settings))
+    supervised = SupervisorSettings(
+        processes=processes or 1, hang_timeout_s=hang_timeout_s, restart_order=restart_order
+    )
+    run_local_service(port, data, queue, WorkerSettings(**settings), supervised)
 
 
 @click.command()

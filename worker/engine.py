@@ -26,11 +26,11 @@ from embedq.producer.embeddings import Embeddings, Timings
 from embedq.producer.errors import JobFailedError
 from embedq.producer.options import EmbedOptions
 from embedq.producer.wire import EmbedRequest
-from embedq.worker.batch_log import BatchLog
 from embedq.worker.failures import ENDINGS, job_failure
 from embedq.worker.isolation import Isolation, Watching
-from embedq.worker.observer import Encoded, Observer
 from embedq.worker.planning import ReadyJob, ReadyTexts
+from embedq.worker.telemetry.batch_log import BatchLog
+from embedq.worker.telemetry.observer import Encoded, Observer
 
 #: Bytes that the vectors of one job with token output may have.
 MAX_TOKEN_OUTPUT_BYTES = 64 * 1024 * 1024

@@ -10,7 +10,7 @@ import sys
 
 def main() -> None:
     if sys.argv[1:2] == ["health"]:
-        from embedq.worker.probe import health
+        from embedq.worker.health_command import health
 
         health(args=sys.argv[2:], prog_name="embedq health")
     else:

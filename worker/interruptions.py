@@ -16,8 +16,8 @@ from embedq.producer.errors import JobFailedError
 from embedq.producer.settings import FAILURE_TTL_S
 from embedq.worker.claims import Claim
 from embedq.worker.leases import LeaseKeeper
-from embedq.worker.observer import Observer
 from embedq.worker.sequels import Sequels
+from embedq.worker.telemetry.observer import Observer
 
 logger = logging.getLogger("embedq.worker")
 

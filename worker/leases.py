@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import redis
 
 from embedq.worker.claims import RECOVER_JOBS, Claim, ClaimStore
-from embedq.worker.observer import Observer
+from embedq.worker.telemetry.observer import Observer
 
 logger = logging.getLogger("embedq.worker")
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import signal
@@ -24,15 +25,16 @@ from embedq.producer.client import check_queue_name
 from embedq.producer.connection import connect
 from embedq.producer.errors import ConfigurationError, EmbedqError
 from embedq.worker import processes
-from embedq.worker.invocation import worker_command, worker_environment
 from embedq.worker.redis_server import RedisServer
 from embedq.worker.settings import WorkerSettings
+from embedq.worker.supervision.children import ChildPlan
+from embedq.worker.supervision.invocation import worker_command, worker_environment
+from embedq.worker.supervision.supervise import SupervisorSettings, make_supervisor, served
 
 #: Seconds that a worker may take to load its model before it counts as stuck.
 WORKER_START_TIMEOUT_S = 120.0
 #: Seconds beyond the worker's own grace before it is killed.
 EXTRA_GRACE_S = 5.0
-WATCH_EVERY_S = 0.2
 
 
 class WorkerProcess:
@@ -108,24 +110,51 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_local_service(port: int, data: Path | None, queue: str, settings: WorkerSettings) -> None:
-    """`embedq up`: prints the URL, then watches until Ctrl-C, which is the way it is meant to end."""
+def run_local_service(
+    port: int, data: Path | None, queue: str, settings: WorkerSettings, supervised: SupervisorSettings
+) -> None:
+    """`embedq up`: prints the URL, then watches until Ctrl-C, which is the way it is meant to end.
+
+    A worker that ends is started again; one that cannot start, and a Redis that ends, end it all: ConfigurationError.
+    """
     folder = data or default_data_folder()
     check_queue_name(queue)
+    # Of the worker's life only what went wrong.
+    logging.getLogger("embedq.supervisor").setLevel(logging.WARNING)
     with _locked(folder), sigterm_as_interrupt():
         settings = with_model_fetched(settings)
         server = RedisServer(folder, port=port, durable=True)
         click.echo(f"starting Redis in {folder} and a worker with {settings.model} ...", err=True)
         try:
-            with local_service(server, queue, settings) as worker:
-                click.echo(server.url)
-                click.echo(_hints(server.url, queue, worker.log), err=True)
-                while True:
-                    time.sleep(WATCH_EVERY_S)
-                    server.check()
-                    worker.check()
+            with server:
+                _serve(server, queue, settings, supervised)
         except KeyboardInterrupt:
-            click.echo(f"stopped; the data stays in {folder}", err=True)
+            # Before there was a supervisor, which takes the signals.
+            pass
+        click.echo(f"stopped; the data stays in {folder}", err=True)
+
+
+def _serve(server: RedisServer, queue: str, settings: WorkerSettings, supervised: SupervisorSettings) -> None:
+    log = server.folder / "worker.log"
+    is_told = False
+
+    def watch() -> None:
+        nonlocal is_told
+        server.check()
+        if not is_told and any(slot.is_ready for slot in supervisor.slots):
+            is_told = True
+            click.echo(server.url)
+            click.echo(_hints(server.url, queue, log), err=True)
+
+    with log.open("ab", buffering=0) as output:
+        plan = ChildPlan(
+            url=server.url, queues=[queue], settings=settings, base_name=f"local.{os.getpid()}", write=output.write
+        )
+        supervisor = make_supervisor(plan, supervised, on_tick=watch)
+        with served(supervisor, settings.metrics_host, settings.metrics_port):
+            ending = supervisor.run()
+    if ending.status and not supervisor.is_told_to_stop:
+        raise ConfigurationError(f"the worker ended with status {ending.status}: {ending.words}")
 
 
 def default_data_folder() -> Path:

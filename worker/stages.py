@@ -26,10 +26,10 @@ from embedq.worker.engine import Engine, Piece, Work
 from embedq.worker.estimates import ClaimBudget
 from embedq.worker.failures import ENDINGS, job_failure, said
 from embedq.worker.leases import LeaseKeeper
-from embedq.worker.observer import Observer
 from embedq.worker.planning import ReadyJob
 from embedq.worker.sequels import Sequels
-from embedq.worker.tracing import Spans
+from embedq.worker.telemetry.observer import Observer
+from embedq.worker.telemetry.tracing import Spans
 from embedq.worker.watchdog import Watchdog
 
 logger = logging.getLogger("embedq.worker")

@@ -30,7 +30,6 @@ from embedq.producer import keys
 from embedq.producer.connection import SOCKET_TIMEOUT_S, is_passing, is_wrong_type
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.serializer import EmbedSerializer
-from embedq.worker import logs
 from embedq.worker.callbacks import CallbackThread
 from embedq.worker.chores import Chores
 from embedq.worker.claims import Claimed, ClaimStore, Outcome
@@ -43,7 +42,6 @@ from embedq.worker.foreign_jobs import ForeignJob
 from embedq.worker.interruptions import Interruptions
 from embedq.worker.leases import LeaseKeeper
 from embedq.worker.memory import keep_freed_memory, rare_collections
-from embedq.worker.monitor import Monitor, Parts
 from embedq.worker.pipeline import Bounds, Pipeline
 from embedq.worker.planning import QueueTurns
 from embedq.worker.promotion import Promoter
@@ -53,7 +51,9 @@ from embedq.worker.settings import WorkerSettings
 from embedq.worker.stages import AtWork, WorkerStages, blamed
 from embedq.worker.startup import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, leaving_at_once, until_served
 from embedq.worker.statuses import EXIT_HANGS
-from embedq.worker.tracing import Identity, Spans, open_spans
+from embedq.worker.telemetry import logs
+from embedq.worker.telemetry.monitor import Monitor, Parts
+from embedq.worker.telemetry.tracing import Identity, Spans, open_spans
 from embedq.worker.waiting import QueueWaiter
 from embedq.worker.watchdog import Watchdog
 
@@ -98,10 +98,19 @@ class EmbedWorker(SimpleWorker):
     pipeline: Pipeline
     quarantine: Quarantine
 
-    def __init__(self, queues: Any, *args: Any, settings: WorkerSettings | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        queues: Any,
+        *args: Any,
+        settings: WorkerSettings | None = None,
+        monitor: Monitor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """monitor: one that others see already; None for one of its own while it works."""
         kwargs["serializer"] = EmbedSerializer
         super().__init__(queues, *args, **kwargs)
         self._given_settings = settings
+        self._given_monitor = monitor
         #: held from a claim to the moment at which it is known as held, and by who leaves for good
         self._claiming = threading.Lock()
 
@@ -140,9 +149,9 @@ class EmbedWorker(SimpleWorker):
                 self._start_scheduler(burst, logging_level, date_format, log_format)
                 on_exit.callback(self._stop_scheduler)
             on_exit.enter_context(leaving_at_once())
-            self.monitor = Monitor(self.settings, self.name, self.queue_names(), self.connection)
-            on_exit.callback(self.monitor.close)
-            self.monitor.start()
+            self.monitor = self._given_monitor or on_exit.enter_context(
+                Monitor(self.settings, self.name, self.queue_names(), self.connection)
+            )
             self._prepare()
             on_exit.callback(self.waiter.close)
             self.callbacks.start()

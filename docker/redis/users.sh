@@ -22,7 +22,7 @@ passwords() {
 
 {
     sed -n '/^user default /p' "$CONFIG/users.acl"
-    for name in producer worker observer; do
+    for name in producer worker observer exporter; do
         rules=$(passwords "$name")
         [ -n "$rules" ] || { echo "the secret $name-password is empty" >&2; exit 1; }
         sed -n "s|^\(user embedq-$name on\) resetpass|\1$rules|p" "$CONFIG/users.acl"

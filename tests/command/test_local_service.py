@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 
 from embedq.producer import ConfigurationError, EmbedQueue
 from embedq.worker import WorkerSettings, cli, processes, redis_server
-from embedq.worker.invocation import worker_command
 from embedq.worker.redis_server import RedisServer, free_port
+from embedq.worker.supervision.invocation import worker_command
+from tests.conftest import until
 
 EMBEDQ = [sys.executable, "-m", "embedq.worker.cli"]
 Run = Callable[..., subprocess.Popen[str]]
@@ -173,17 +175,39 @@ def test_a_second_up_in_the_same_folder_is_refused(run: Run, short_path: Path) -
     assert gone(short_path)
 
 
-@pytest.mark.parametrize(("victim", "says"), [("redis-server", "ended with status"), ("worker", "the worker ended")])
-def test_up_ends_and_says_so_if_one_of_its_two_dies(run: Run, short_path: Path, victim: str, says: str) -> None:
+def child(process: subprocess.Popen[str], what: str) -> int:
+    """The number of the child with this in its title; 0 if there is none."""
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if what in Path(f"/proc/{pid}/cmdline").read_text():
+                return int(pid)
+    return 0
+
+
+def test_up_ends_and_says_so_if_its_redis_dies(run: Run, short_path: Path) -> None:
     service = run("up", "--model", "noop:8", "--port", "0")
     read_url(service)
-    for pid in children_of(short_path):
-        if pid != service.pid and victim in Path(f"/proc/{pid}/cmdline").read_text():
-            os.kill(pid, signal.SIGKILL)
+    worker = child(service, "embedq worker")
+    os.kill(child(service, "redis-server"), signal.SIGKILL)
     _, errors = service.communicate(timeout=60)
     assert service.returncode == 2
-    assert says in errors.splitlines()[-1]
+    assert "ended with status" in errors.splitlines()[-1]
     assert "Traceback" not in errors
+    assert gone(short_path)
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_up_replaces_its_worker_if_that_dies(run: Run, short_path: Path) -> None:
+    service = run("up", "--model", "noop:8", "--port", "0")
+    with EmbedQueue(read_url(service)) as queue:
+        first = child(service, "embedq worker")
+        os.kill(first, signal.SIGKILL)
+        assert queue.embed("text", timeout=60).vectors.shape == (1, 8)
+        assert child(service, "embedq worker") not in (0, first)
+    service.send_signal(signal.SIGTERM)
+    _, errors = service.communicate(timeout=60)
+    assert service.returncode == 0
+    assert "ended with SIGKILL; next start in" in errors
     assert gone(short_path)
 
 
@@ -196,10 +220,12 @@ def test_up_with_a_model_that_is_not_there_starts_nothing(run: Run, short_path: 
 def test_not_even_kill_leaves_a_process_behind(run: Run, short_path: Path) -> None:
     service = run("up", "--model", "noop:8", "--port", "0")
     read_url(service)
-    assert len(children_of(short_path)) == 3  # itself, Redis and the worker
+    worker = child(service, "embedq worker")
+    assert set(children_of(short_path)) >= {service.pid, child(service, "redis-server")}
     service.kill()
     service.wait(10)
     assert gone(short_path)
+    until(lambda: not Path(f"/proc/{worker}").exists())
 
 
 # --- demo

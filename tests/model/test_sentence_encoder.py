@@ -23,6 +23,7 @@ from embedq.model import (
     TokenizedText,
 )
 from embedq.model.embedder import Embedder
+from embedq.model.runtime import Memory
 
 TEXTS = ["the fox", "", "dog " * 40, "a, b. c", "over the quick brown dog", "中 é"]
 #: Float32 sums in another order.
@@ -181,3 +182,19 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(own_folder: Path) -> 
     edit_json(own_folder / "config.json", vocab_size=20)
     with pytest.raises(ModelFormatError, match=r"token id \d+, config.json only 20"):
         SentenceEncoder.load(own_folder, device="cpu")
+
+
+@pytest.mark.parametrize("attention", ["bmm", "sdpa"])
+def test_the_padding_of_a_micro_batch_is_that_of_its_attention(tiny_folder: Path, attention: str) -> None:
+    encoder = SentenceEncoder.load(tiny_folder, device="cpu", dtype="float32", attention=attention)
+    alike = [TokenizedText(np.arange(5, 15, dtype=np.int32), False) for _ in range(3)]
+    shorter = TokenizedText(np.arange(5, 13, dtype=np.int32), False)
+    assert encoder.padding_ratio([]) == encoder.padding_ratio(alike) == 0
+    # Four texts as 10 x 10 each, of which one has 8 tokens.
+    assert encoder.padding_ratio([shorter, *alike]) == pytest.approx(1 - (3 * 100 + 64) / 400)
+    assert encoder.device_memory() == {}
+
+
+def test_a_device_with_memory_of_its_own_tells_it(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder._embedder.runtime, "memory", lambda: Memory(4, 100, 20, 10))
+    assert encoder.device_memory() == {"allocated": 10, "reserved": 20, "total": 100}

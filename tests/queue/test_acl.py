@@ -243,6 +243,27 @@ def test_an_exporter_sees_what_waits_and_an_observer_estimates_it_without_a_look
     assert [user for user, *_ in refusals(served)] == ["embedq-observer"]  # it asked once
 
 
+def test_operators_commands_work_for_those_who_may_look_at_jobs(served: Served) -> None:
+    """Failed jobs are for whoever has a worker's rights; the fleet is for everybody who may see workers."""
+    run = CliRunner().invoke
+    with EmbedQueue(served.url("producer")) as queue:
+        bad = queue.enqueue("a", dimensions=1000, group="g")
+        worse = queue.enqueue("b", dimensions=1000)
+    run_worker(served)
+    theirs = ["--url", served.url("worker")]
+    for arguments in (["list"], ["show", bad.id], ["requeue", bad.id], ["purge", worse.id]):
+        shown = run(main, ["failed", *arguments, *theirs])
+        assert shown.exit_code == 0, shown.output
+    assert refusals(served) == []
+    run_worker(served)
+    for role in ("worker", "observer", "exporter"):
+        shown = run(main, ["top", "--once", "--interval", "0.1", "--url", served.url(role)])
+        assert shown.exit_code == 0, shown.output
+        assert "1 failed" in shown.output
+    for role in ("producer", "observer", "exporter"):
+        assert run(main, ["failed", "list", "--url", served.url(role)]).exit_code == 5
+
+
 def test_canceling_a_running_job_without_a_right_to_its_lease_takes_it_from_the_worker(served: Served) -> None:
     with EmbedQueue(served.url("producer")) as queue, connect(served.url("worker")) as theirs:
         listener = theirs.pubsub()

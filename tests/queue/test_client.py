@@ -262,6 +262,7 @@ def test_an_id_that_is_taken_in_a_later_chunk_names_the_jobs_that_got_through(
     with pytest.raises(PartialEnqueueError, match="2 of 3 jobs are enqueued; then: job id c is taken") as caught:
         queue.enqueue_many(["x", "y", "z"], job_ids=["a", "b", "c"])
     assert caught.value.job_ids == ["a", "b"]
+    assert caught.value.text_indexes == [0, 1]
 
 
 def test_a_connection_that_breaks_between_chunks_names_the_jobs_that_got_through(

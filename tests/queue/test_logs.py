@@ -15,9 +15,9 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from embedq.producer import EmbedQueue
-from embedq.worker import logs
-from embedq.worker.batch_log import BatchLog
-from embedq.worker.log_limits import MAX_ALIKE, MAX_KINDS, WINDOW_S, LimitedHandler
+from embedq.worker.telemetry import logs
+from embedq.worker.telemetry.batch_log import BatchLog
+from embedq.worker.telemetry.log_limits import MAX_ALIKE, MAX_KINDS, WINDOW_S, LimitedHandler
 from tests.conftest import Drain, until
 from tests.queue.test_rq import rq_command
 
@@ -131,7 +131,7 @@ def test_what_is_held_back_is_told_when_the_log_is_closed(pass_s: Pass, timers: 
 
 
 def test_the_rest_of_a_flood_is_told_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedq.worker.log_limits.WINDOW_S", 0.2)
+    monkeypatch.setattr("embedq.worker.telemetry.log_limits.WINDOW_S", 0.2)
     shown = Shown()
     for number in range(10):
         shown.logger.warning("number %d", number)

@@ -334,7 +334,7 @@ def test_rqs_own_messages_of_our_worker_name_no_text(
 def test_what_a_job_brings_into_a_log_begins_no_other_line(capfd: pytest.CaptureFixture[str]) -> None:
     import logging
 
-    from embedq.worker import logs
+    from embedq.worker.telemetry import logs
 
     root, level = logging.getLogger(), logging.getLogger().level
     handlers = list(root.handlers)

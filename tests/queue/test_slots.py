@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from embedq.worker import supervisor as supervisor_module
-from embedq.worker.backoff import CRASH_LOOP_ENDS, CRASH_LOOP_S, FIRST_S, HEALTHY_S, LONGEST_S, Backoff
-from embedq.worker.child_probe import NO_ANSWER, ChildHealth
-from embedq.worker.slots import Ending, Slot, SlotRules, SlotState
-from embedq.worker.supervisor import Supervisor
-from embedq.worker.tenure import EXTRA_GRACE_S, KILL_HUNG_S, SECOND_SIGNAL_S, STARTING_SILENT_S
+from embedq.worker.supervision import supervisor as supervisor_module
+from embedq.worker.supervision.backoff import CRASH_LOOP_ENDS, CRASH_LOOP_S, FIRST_S, HEALTHY_S, LONGEST_S, Backoff
+from embedq.worker.supervision.probe import NO_ANSWER, ChildHealth
+from embedq.worker.supervision.slots import Ending, Slot, SlotRules, SlotState
+from embedq.worker.supervision.supervisor import Supervisor
+from embedq.worker.supervision.tenure import EXTRA_GRACE_S, KILL_HUNG_S, SECOND_SIGNAL_S, STARTING_SILENT_S
 
 READY = ChildHealth(True, True, "ready")
 STARTING = ChildHealth(True, False, "starting")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -22,12 +22,14 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFl
 
 from embedq.producer import AsyncEmbedQueue, ConfigurationError, EmbedQueue, InvalidTextError, JobFailedError, keys
 from embedq.producer.errors import QueueFull
-from embedq.worker import tracing
+from embedq.worker import WorkerSettings
 from embedq.worker.claims import Claim, ClaimStore, Outcome
 from embedq.worker.redis_server import free_port
-from embedq.worker.spans import MAX_JOBS_PER_S, JobSpans
-from embedq.worker.tracing import Identity, NoSpans, open_spans
+from embedq.worker.telemetry import tracing
+from embedq.worker.telemetry.spans import MAX_JOBS_PER_S, JobSpans
+from embedq.worker.telemetry.tracing import Identity, NoSpans, open_spans
 from tests.conftest import Drain
+from tests.queue.test_rq import RQ
 from tests.queue.test_worker import EMBEDQ
 
 TRACEPARENT = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -344,6 +346,11 @@ def test_spans_are_made_where_the_setting_or_the_environment_asks_for_them(
     monkeypatch.setattr(tracing, "MODULES", ("opentelemetry.absent", "absent.absent"))
     assert isinstance(open_spans(None, IDENTITY), NoSpans)
     assert "pip install 'embedq[tracing]'" in caplog.text
+    assert [WorkerSettings.from_environment({"EMBEDQ_TRACING": said}).tracing for said in ("", "no", "1")] == [
+        None,
+        False,
+        True,
+    ]
     with pytest.raises(ConfigurationError, match=r"tracing needs opentelemetry\.absent; pip install"):
         open_spans(True, IDENTITY)
 
@@ -399,19 +406,24 @@ class Endpoint(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None: ...
 
 
-def run_worker(url: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*EMBEDQ, "worker", "--url", url, "--burst", "--model", "noop:8"]
+OURS = (*EMBEDQ, "worker")
+RQS = (RQ, "worker", "--worker-class", "embedq.worker.EmbedWorker", "embed")
+
+
+def run_worker(url: str, program: Sequence[str] = OURS, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "EMBEDQ_MODEL": "noop:8", **environment}
     return subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=100, check=False
+        [*program, "--url", url, "--burst"], env=variables, capture_output=True, text=True, timeout=90
     )
 
 
-def test_a_worker_process_sends_its_spans_before_it_ends(queue: EmbedQueue, url: str) -> None:
+@pytest.mark.parametrize("program", [OURS, RQS], ids=["embedq worker", "rq worker"])
+def test_a_worker_process_sends_its_spans_before_it_ends(queue: EmbedQueue, url: str, program: Sequence[str]) -> None:
     job = queue.enqueue("a text")
     queue._redis.hset(keys.job(job.id), "embedq_traceparent", TRACEPARENT)
     with Collector() as collector:
         endpoint = f"http://127.0.0.1:{collector.server_port}"
-        ended = run_worker(url, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_SERVICE_NAME="vectors")
+        ended = run_worker(url, program, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_SERVICE_NAME="vectors")
     assert ended.returncode == 0, ended.stderr
     assert {path for path, _ in collector.requests} == {"/v1/traces"}
     of_resources = [resource for _, request in collector.requests for resource in request.resource_spans]

@@ -13,6 +13,8 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError
 
+#: Counted from 0, so that the first one shows as a change.
+USUAL_ERRORS = ("ConnectionError", "TimeoutError")
 #: On an error that is counted: it goes through several methods of a connection.
 _MARK = "_embedq_is_counted"
 
@@ -24,7 +26,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.round_trips = 0
-        self.errors: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter(dict.fromkeys(USUAL_ERRORS, 0))
         self.last_contact: float | None = None
         self._lock = threading.Lock()
 
@@ -79,6 +81,14 @@ def _counting(kind: Any, traffic: Traffic) -> Any:
             if not self._has_asked:
                 self._has_asked = True
                 traffic.count_round_trip()
+
+        def can_read(self, *args: Any, **kwargs: Any) -> Any:
+            """Finds out, too, that the server has hung up."""
+            try:
+                return super().can_read(*args, **kwargs)
+            except redis.RedisError as err:
+                traffic.count_error(err)
+                raise
 
         def read_response(self, *args: Any, **kwargs: Any) -> Any:
             self._has_asked = False

@@ -29,7 +29,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from embedq.worker.claims import Claim, Outcome
 from embedq.worker.engine import Piece, Work
-from embedq.worker.tracing import Identity
+from embedq.worker.telemetry.tracing import Identity
 
 #: Each costs some 150 microseconds of CPU time, and the exporter's thread as much again.
 MAX_JOBS_PER_S = 200

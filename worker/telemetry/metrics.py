@@ -23,13 +23,16 @@ from prometheus_client.registry import Collector
 
 from embedq.model import Encoder
 from embedq.worker.claims import Became, Claim, Outcome, Recovered
-from embedq.worker.observer import Encoded, Observer
+from embedq.worker.telemetry.observer import Encoded, Observer
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288, 16384)
 TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 RATIOS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 STAGES = ("queue", "tokenize", "plan", "encode", "publish")
+#: Error codes that are counted from 0, so that the first one shows as a change; and those that are tried again.
+USUAL_CODES = ("encode_failed", "out_of_memory", "non_finite", "internal", "bad_payload", "wrong_model")
+USUAL_RETRIES = ("encode_failed", "out_of_memory", "internal")
 OUTCOMES = (*(became for became in get_args(Became) if became), "released")
 
 
@@ -122,6 +125,10 @@ class Metrics(Observer):
             for outcome in OUTCOMES:
                 self.jobs.labels(queue, outcome)
                 self.texts.labels(queue, outcome)
+            for code in USUAL_CODES:
+                self.errors.labels(queue, code)
+            for code in USUAL_RETRIES:
+                self.retries.labels(queue, code)
             self.abandoned.labels(queue)
             self.recovered_jobs.labels(queue)
 

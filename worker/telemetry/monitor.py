@@ -6,9 +6,9 @@ Joins the parts of a worker with those that count (`figures`, `metrics`), judge 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,20 +17,20 @@ import redis
 
 from embedq.producer import keys, scripts, wire
 from embedq.producer.errors import ConfigurationError
-from embedq.producer.http_endpoints import Answer, HttpEndpoints, Page
+from embedq.producer.http_endpoints import Answer, HttpEndpoints, Page, inherited
 from embedq.worker.chores import Chores
 from embedq.worker.engine import Engine
 from embedq.worker.estimates import ClaimBudget
-from embedq.worker.figures import Figures, to_json
-from embedq.worker.health import Health
 from embedq.worker.leases import LeaseKeeper
-from embedq.worker.observer import Observer, Observers
 from embedq.worker.pipeline import Pipeline
 from embedq.worker.settings import WorkerSettings
-from embedq.worker.traffic import Traffic
+from embedq.worker.telemetry.figures import Figures, to_json
+from embedq.worker.telemetry.health import Health
+from embedq.worker.telemetry.observer import Observer, Observers
+from embedq.worker.telemetry.traffic import Traffic
 
 if TYPE_CHECKING:
-    from embedq.worker.metrics import Metrics
+    from embedq.worker.telemetry.metrics import Metrics
 
 logger = logging.getLogger("embedq.worker")
 
@@ -49,13 +49,15 @@ class Parts(NamedTuple):
 
 
 class Monitor:
-    """One worker's. Attributes: observer (to be told of the work), health."""
+    """One worker's, within a `with` block. Attributes: observer (to be told of the work), health."""
 
     def __init__(self, settings: WorkerSettings, name: str, queues: Sequence[str], client: redis.Redis) -> None:
-        """Raises ConfigurationError where the port is taken, or prometheus_client is not installed."""
+        """Raises ConfigurationError where the port is taken, or prometheus_client is not installed. A worker that
+        has a supervisor's socket and no port serves its probes without metrics.
+        """
         self._client = client
         self._worker_key = keys.worker(name)
-        self._write = scripts.load(client, __package__, "figures")
+        self._write = scripts.load(client, "embedq.worker", "figures")
         self._parts: Parts | None = None
         self._traffic = Traffic()
         self._written: dict[str, Any] = {}
@@ -74,8 +76,8 @@ class Monitor:
             self._endpoints = _endpoints(settings, self._pages())
             self.health.last_contact = lambda: self._traffic.last_contact
 
-    def start(self) -> None:
-        """Before anything is asked of Redis."""
+    def __enter__(self) -> Monitor:
+        """Before anything is asked of Redis, which may take long to come."""
         if self._endpoints is not None:
             self._traffic.watch(self._client)
             self._endpoints.start()
@@ -83,8 +85,9 @@ class Monitor:
                 "probes and metrics: http://%s:%d/livez, /readyz and /metrics",
                 *(_in_url(self._endpoints.host), self._endpoints.port),
             )
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._endpoints is not None:
             self._endpoints.close()
 
@@ -199,31 +202,24 @@ class Monitor:
         }
         if self._metrics is not None:
             # A GPU that hangs may not even say how much memory it has.
-            pages["/metrics"] = Page(self._expose, is_slow=True)
+            pages["/metrics"] = Page(functools.partial(_expose, self._metrics), is_slow=True)
         return pages
 
-    def _expose(self, accept: str) -> Answer:
-        assert self._metrics is not None  # it has pages only then
-        body, content_type = self._metrics.exposed(accept)
-        return Answer(200, body, content_type)
+
+def _expose(metrics: Metrics, accept: str) -> Answer:
+    body, content_type = metrics.exposed(accept)
+    return Answer(200, body, content_type)
 
 
 def _endpoints(settings: WorkerSettings, pages: Mapping[str, Page]) -> HttpEndpoints:
     """On a supervisor's socket, or on a port of our own."""
-    inherited = None if settings.metrics_fd is None else _inherited(settings.metrics_fd)
-    return HttpEndpoints(settings.metrics_host, settings.metrics_port or 0, pages, inherited)
-
-
-def _inherited(descriptor: int) -> socket.socket:
-    try:
-        return socket.socket(fileno=descriptor)
-    except OSError as err:
-        raise ConfigurationError(f"metrics_fd {descriptor} is no socket that somebody handed over") from err
+    listening = None if settings.metrics_fd is None else inherited(settings.metrics_fd)
+    return HttpEndpoints(settings.metrics_host, settings.metrics_port or 0, pages, listening)
 
 
 def _make_metrics(queues: Sequence[str], monitor: Monitor, name: str) -> Metrics:
     try:
-        from embedq.worker.metrics import Metrics
+        from embedq.worker.telemetry.metrics import Metrics
     except ModuleNotFoundError as err:
         raise ConfigurationError(
             f"{err.name} is not installed, which --metrics-port needs: pip install 'embedq[metrics]'"

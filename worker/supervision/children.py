@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from embedq.worker import processes
-from embedq.worker.child_probe import LOOPBACK, ChildHealth, Probe
 from embedq.worker.cores import Share, thread_variables
-from embedq.worker.invocation import EMBEDQ, worker_command, worker_environment
-from embedq.worker.relay import LineRelay, labelled
 from embedq.worker.settings import WorkerSettings
+from embedq.worker.supervision.invocation import EMBEDQ, worker_command, worker_environment
+from embedq.worker.supervision.probe import LOOPBACK, ChildHealth, Probe
+from embedq.worker.supervision.relay import LineRelay, labelled
 
 #: Connections that wait for a child which is busy.
 _BACKLOG = 16
@@ -32,7 +32,7 @@ class ChildPlan:
     queues: Sequence[str]
     settings: WorkerSettings
     #: options that are no settings
-    arguments: Sequence[str]
+    arguments: Sequence[str] = ()
     #: of their names: BASE.INDEX.CHANCE
     base_name: str
     #: takes whole lines

@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 
 from embedq.producer.checks import printable
-from embedq.worker.log_limits import REPEATS, LimitedHandler
 from embedq.worker.settings import LogFormat
+from embedq.worker.telemetry.log_limits import REPEATS, LimitedHandler
 
 #: What a line may say beside its message, by these names alone; they are the same from release to release.
 FIELDS = (

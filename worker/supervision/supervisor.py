@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from embedq.worker.departure import SAME_SIGNAL_S
-from embedq.worker.inbox import SignalInbox
 from embedq.worker.processes import reap_strangers
-from embedq.worker.slots import Ending, Slot, SlotState
 from embedq.worker.statuses import signal_name
-from embedq.worker.terminals import has_terminal
+from embedq.worker.supervision.inbox import SignalInbox
+from embedq.worker.supervision.slots import Ending, Slot, SlotState
+from embedq.worker.supervision.terminals import has_terminal
 
 logger = logging.getLogger("embedq.supervisor")
 
@@ -68,6 +68,10 @@ class Supervisor:
                 # Only where something of ours failed.
                 self._kill_rest()
         return self.ending()
+
+    @property
+    def is_told_to_stop(self) -> bool:
+        return self._asked is not None
 
     @property
     def is_over(self) -> bool:

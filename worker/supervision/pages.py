@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from embedq.producer.http_endpoints import Answer, Page
-from embedq.worker.child_probe import Fetched, fetch
-from embedq.worker.merging import EOF, merge_metrics
-from embedq.worker.slots import SlotState
-from embedq.worker.supervisor import Supervisor
+from embedq.worker.supervision.merging import EOF, merge_metrics
+from embedq.worker.supervision.probe import Fetched, fetch
+from embedq.worker.supervision.slots import SlotState
+from embedq.worker.supervision.supervisor import Supervisor
 
 #: Seconds without a look at the processes after which the supervisor counts as stuck.
 STUCK_S = 30.0

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from embedq.worker.backoff import CRASH_LOOP_ENDS, Backoff
 from embedq.worker.statuses import EXIT_GRACE_OVER, EXIT_INTERRUPTED, EXIT_MODEL, EXIT_REDIS, EXIT_USAGE, worker_status
-from embedq.worker.tenure import Process, Tenure
+from embedq.worker.supervision.backoff import CRASH_LOOP_ENDS, Backoff
+from embedq.worker.supervision.tenure import Process, Tenure
 
 logger = logging.getLogger("embedq.supervisor")
 

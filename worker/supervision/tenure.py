@@ -8,8 +8,8 @@ from __future__ import annotations
 import signal
 from typing import Protocol
 
-from embedq.worker.child_probe import ChildHealth
 from embedq.worker.departure import LAST_WORDS_S, SAME_SIGNAL_S
+from embedq.worker.supervision.probe import ChildHealth
 from embedq.worker.watchdog import MAX_STEP_S
 
 #: Seconds for which a process may say that its work does not move: longer than one answer may mislead.
@@ -76,7 +76,8 @@ class Tenure:
 
     @property
     def is_ready(self) -> bool:
-        return self.status is None and not self.is_leaving and self.process.health().is_ready
+        is_serving = self.ready_at is not None and self.status is None and not self.is_leaving
+        return is_serving and self.process.health().is_ready
 
     def served_s(self, now: float) -> float | None:
         return None if self.ready_at is None else now - self.ready_at

@@ -94,8 +94,8 @@ def open_spans(tracing: bool | None, identity: Identity) -> Spans:
             raise ConfigurationError(message)
         logger.warning("an endpoint for spans is set, but %s", message)
         return NoSpans()
-    from embedq.worker.span_export import open_tracer
-    from embedq.worker.spans import JobSpans
+    from embedq.worker.telemetry.span_export import open_tracer
+    from embedq.worker.telemetry.spans import JobSpans
 
     tracer, shut_down = open_tracer(identity.worker)
     return JobSpans(tracer, identity, shut_down)

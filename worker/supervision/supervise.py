@@ -16,14 +16,14 @@ from typing import Literal, get_args
 from embedq.producer.connection import connect
 from embedq.producer.errors import ConfigurationError
 from embedq.producer.http_endpoints import HttpEndpoints
-from embedq.worker.children import ChildPlan, ChildProcess, write_to_stderr
 from embedq.worker.cores import Share, asked_threads, cpu_quota, shares, usable_cores
-from embedq.worker.cuda_devices import count_cuda_devices, may_have_gpu
-from embedq.worker.fleet_pages import FleetPages
-from embedq.worker.invocation import EMBEDQ
 from embedq.worker.settings import WorkerSettings
-from embedq.worker.slots import Ending, Slot, SlotRules
-from embedq.worker.supervisor import Supervisor
+from embedq.worker.supervision.children import ChildPlan, ChildProcess, write_to_stderr
+from embedq.worker.supervision.cuda_devices import count_cuda_devices, may_have_gpu
+from embedq.worker.supervision.invocation import EMBEDQ
+from embedq.worker.supervision.pages import FleetPages
+from embedq.worker.supervision.slots import Ending, Slot, SlotRules
+from embedq.worker.supervision.supervisor import Supervisor
 
 #: As a device: one process, or --processes of them, on each that is visible.
 ALL_CUDA = "cuda:all"

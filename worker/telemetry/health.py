@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from embedq.worker.claims import Outcome
-from embedq.worker.observer import Encoded, Observer
+from embedq.worker.telemetry.observer import Encoded, Observer
 
 #: Of the time between two ticks so many seconds count at most: a process that stood still, stopped or suspended, has
 #: not hung.

@@ -16,7 +16,7 @@ import orjson
 
 from embedq.worker.claims import Claim, Outcome
 from embedq.worker.estimates import Capacity
-from embedq.worker.observer import Encoded, Observer
+from embedq.worker.telemetry.observer import Encoded, Observer
 
 #: Of the JSON object; raised when a field changes its meaning.
 VERSION = 1
