@@ -191,8 +191,8 @@ def waits_text(found: Found) -> str:
         "## How long calls take under load\n\nJobs of 8 texts, float16. The devices are slowed down until all of them"
         " together ask for a share of this server, which is what matters to it. The model: a call's time at an idle"
         " server, and the wait for those before it by Pollaczek and Khinchine, at the share that the server's thread"
-        " was busy. It is a lower bound here, where the workers share a core and other work takes its part of both. Where"
-        " calls take a second the server got less of the machine than was asked of it: so a full one looks. A worker"
+        " was busy. It is a lower bound here, where the workers share a core and other work takes its part of both."
+        " Where calls take a second the server got less of the machine than was asked of it: so a full one looks. A worker"
         " claims four micro-batches ahead, so that waits of milliseconds cost no throughput."
         f"\n\n{table(head, rows)}"
     )
@@ -349,7 +349,8 @@ def arithmetic_text(found: Found) -> str:
         f" threads; at {CEILING:.0%} each that is {jobs_per_s * cost.total_us / 1e6 / CEILING:.1f}, so"
         f" {one.num_servers}.",
         f"Network: {jobs_per_s:,.0f} jobs/s x ({cost.bytes_in / 1e3:,.0f} + {cost.bytes_out / 1e3:,.0f} KB) ="
-        f" {one.megabytes_per_s:,.0f} MB/s in and out of all servers; the append-only files take what comes in and 2 KB a job.",
+        f" {one.megabytes_per_s:,.0f} MB/s in and out of all servers; the append-only files take what comes"
+        " in and 2 KB a job.",
         f"Memory, drained: {DRAINED_TEXTS:,} texts under way x {cost.finished_bytes / cost.texts:,.0f} bytes ="
         f" {_bytes(one.drained_bytes)}. Left for an hour: {one.texts_per_s:,.0f} texts/s x {one.seconds:,.0f} s (the"
         f" run is shorter than the hour) x {cost.finished_bytes / cost.texts:,.0f} bytes = {_bytes(one.left_bytes)}.",
