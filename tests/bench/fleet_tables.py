@@ -192,8 +192,8 @@ def waits_text(found: Found) -> str:
         " together ask for a share of this server, which is what matters to it. The model: a call's time at an idle"
         " server, and the wait for those before it by Pollaczek and Khinchine, at the share that the server's thread"
         " was busy. It is a lower bound here, where the workers share a core and other work takes its part of both."
-        " Where calls take a second the server got less of the machine than was asked of it: so a full one looks. A worker"
-        " claims four micro-batches ahead, so that waits of milliseconds cost no throughput."
+        " Where calls take a second the server got less of the machine than was asked of it: so a full one looks. A"
+        " worker claims four micro-batches ahead, so that waits of milliseconds cost no throughput."
         f"\n\n{table(head, rows)}"
     )
 
