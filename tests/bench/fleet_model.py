@@ -12,6 +12,8 @@ from dataclasses import dataclass
 #: Of its main thread, what a server is to be given at most: waiting times grow as 1 / (1 - utilisation).
 CEILING = 0.6
 HOUR_S = 3600.0
+#: Texts that are under way at a time, queued or finished and not read, where results are drained.
+DRAINED_TEXTS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +115,10 @@ def plan(
     cost: JobCost,
     *,
     result_ttl_s: float = HOUR_S,
-    window_texts: int = 100_000,
+    window_texts: int = DRAINED_TEXTS,
     ceiling: float = CEILING,
 ) -> Plan:
-    """window_texts: that are under way at a time, queued or finished and not read, where results are drained."""
+    """ceiling: share of each server's main thread that may be busy."""
     rate = device_texts_per_s * num_devices
     seconds = num_texts / rate
     num_servers = max(1, math.ceil(cost.utilisation(rate) / ceiling))

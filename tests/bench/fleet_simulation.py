@@ -55,9 +55,9 @@ HEAD = """\
 
 `make fleet` writes this file and the picture. One private Redis {redis} on TCP, set up by the redis.conf that ships.
 Workers are threads of one process that claim and publish as real ones do (`ClaimStore`, the Lua scripts, results of the
-real size) and wait for as long as a GPU would take. Measured on {when} UTC; load averages (1, 5, 15 minutes) before it
-began {load}, at its end {load_after}. Costs are medians of {rounds} rounds. Measured is this server on this
-machine; GPUs, networks and more hosts are reckoned.
+real size) and wait for as long as a GPU would take. Measured on {when} UTC; load averages (1, 5,
+15 minutes) before it began {load}, at its end {load_after}. Costs are CPU time of the server's main thread, medians of
+{rounds} rounds. Measured is this server on this machine; GPUs, networks and more hosts are reckoned.
 """
 
 
@@ -194,7 +194,7 @@ def report(found: Found, head: str) -> str:
                 *(fleet_tables.saturation_text, fleet_tables.paced_text),
                 *(fleet_tables.waits_text, fleet_tables.idle_text, fleet_tables.shards_text),
                 *(fleet_tables.memory_text, fleet_tables.devices_text, fleet_tables.fleets_text),
-                fleet_tables.sizing_text,
+                *(fleet_tables.sizing_text, fleet_tables.arithmetic_text),
             )
         ),
     )

@@ -10,8 +10,8 @@ from embedq.model.bench_report import table
 from tests.bench.fleet_clients import Streamed
 from tests.bench.fleet_idle import Idle, Wake
 from tests.bench.fleet_jobs import Kind
-from tests.bench.fleet_load import Paced, Waiting
-from tests.bench.fleet_model import CEILING, HOUR_S, JobCost, Plan, memory_bytes, plan
+from tests.bench.fleet_load import Paced, Waiting, batch_jobs
+from tests.bench.fleet_model import CEILING, DRAINED_TEXTS, HOUR_S, JobCost, Plan, memory_bytes, plan
 from tests.bench.fleet_rates import CORPORA, RATES, SHORT, TOKENS_PER_BATCH, Corpus, texts_per_s
 from tests.bench.fleet_shards import Sharded
 
@@ -157,7 +157,7 @@ def paced_text(found: Found) -> str:
     for texts, all_ in found.paced.items():
         work_us = found.cost(texts, "float32").work_us
         for one in all_:
-            wanted = one.num_workers * texts_per_s(MIDDLE, SHORT) / texts
+            wanted = one.num_workers * batch_jobs(Kind(texts)) / one.cycle_s
             rows.append(
                 (
                     *(f"{texts}", f"{one.num_workers}", f"{wanted:,.0f}", f"{one.jobs_per_s:,.0f}"),
@@ -191,8 +191,10 @@ def waits_text(found: Found) -> str:
         "## How long calls take under load\n\nJobs of 8 texts, float16. The devices are slowed down until all of them"
         " together ask for a share of this server, which is what matters to it. The model: a call's time at an idle"
         " server, and the wait for those before it by Pollaczek and Khinchine, at the share that the server's thread"
-        " was busy. A worker claims four micro-batches ahead, so that such waits cost no throughput until the server is"
-        f" full.\n\n{table(head, rows)}"
+        " was busy. It is a lower bound here, where the workers share a core and other work takes its part of both."
+        " Where calls take a second the server got less of the machine than was asked of it: so a full one looks. A"
+        " worker claims four micro-batches ahead, so that waits of milliseconds cost no throughput."
+        f"\n\n{table(head, rows)}"
     )
 
 
@@ -332,6 +334,41 @@ def sizing_text(found: Found) -> str:
         "## How much for how many texts\n\nJobs of 64 texts, float16 results, drained by `embed_stream` as they come;"
         f" 100,000 texts under way. From the {CAUTIOUS.name} rate to the {OPTIMISTIC.name} one, servers"
         f" {CEILING:.0%} busy at most, with the append-only file.\n\n{table(head, rows)}"
+    )
+
+
+def arithmetic_text(found: Found) -> str:
+    cost, number, num_texts = found.durable_cost(64, "float16"), 8, 1e8
+    one = plan(num_texts, texts_per_s(MIDDLE, SHORT), number, cost)
+    jobs_per_s = one.texts_per_s / cost.texts
+    steps = (
+        f"Texts a second: {number} H100s x {MIDDLE.tokens_per_s:,.0f} tokens/s / {SHORT.tokens} tokens ="
+        f" {one.texts_per_s:,.0f}; jobs of {cost.texts}: {jobs_per_s:,.0f} a second.",
+        f"Time: {num_texts:,.0f} / {one.texts_per_s:,.0f} = {one.seconds:,.0f} s.",
+        f"Servers: {jobs_per_s:,.0f} jobs/s x {cost.total_us:,.0f} µs = {jobs_per_s * cost.total_us / 1e6:.2f} busy"
+        f" threads; at {CEILING:.0%} each that is {jobs_per_s * cost.total_us / 1e6 / CEILING:.1f}, so"
+        f" {one.num_servers}.",
+        f"Network: {jobs_per_s:,.0f} jobs/s x ({cost.bytes_in / 1e3:,.0f} + {cost.bytes_out / 1e3:,.0f} KB) ="
+        f" {one.megabytes_per_s:,.0f} MB/s in and out of all servers; the append-only files take what comes"
+        " in and 2 KB a job.",
+        f"Memory, drained: {DRAINED_TEXTS:,} texts under way x {cost.finished_bytes / cost.texts:,.0f} bytes ="
+        f" {_bytes(one.drained_bytes)}. Left for an hour: {one.texts_per_s:,.0f} texts/s x {one.seconds:,.0f} s (the"
+        f" run is shorter than the hour) x {cost.finished_bytes / cost.texts:,.0f} bytes = {_bytes(one.left_bytes)}.",
+    )
+    limits = (
+        "No GPU ran, and the queue and the workers were on one machine of two cores, with other work beside them. A"
+        " server's own core on faster hardware does more; costs are per job, so that they scale with it.",
+        "A real worker also tokenizes, plans and serializes; see queue.md for what that takes of its CPU. Whether one"
+        " process keeps an H100 busy with short texts has not been measured.",
+        "Several servers were measured two and four at a time at low load; more are reckoned.",
+        "Rewrites of an append-only file of hundreds of GB, replicas, TLS and networks slower than their nominal rate"
+        " are not in these figures.",
+    )
+    return (
+        "### The arithmetic\n\n100 million sentences by 8 H100s at the middle rate, 64 texts a job, float16:\n\n"
+        + "\n".join(f"- {step}" for step in steps)
+        + "\n\n### What these figures do not show\n\n"
+        + "\n".join(f"- {limit}" for limit in limits)
     )
 
 
