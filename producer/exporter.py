@@ -104,6 +104,7 @@ def _of_queues(seen: FleetInfo) -> Iterator[GaugeMetricFamily]:
     rate = GaugeMetricFamily(
         "embedq_fleet_tokens_per_second", "What a queue's live workers are capable of.", labels=("queue",)
     )
+    workers = GaugeMetricFamily("embedq_queue_workers", "Live workers of a queue.", labels=("queue",))
     for queue in seen.queues:
         for status in STATUSES:
             jobs.add_metric((queue.name, status), getattr(queue, status))
@@ -113,7 +114,8 @@ def _of_queues(seen: FleetInfo) -> Iterator[GaugeMetricFamily]:
             age.add_metric((queue.name,), queue.oldest_age_s)
         backlog.add_metric((queue.name,), queue.backlog_s)
         rate.add_metric((queue.name,), queue.tokens_per_s)
-    yield from (jobs, texts, tokens, age, backlog, rate)
+        workers.add_metric((queue.name,), queue.num_workers)
+    yield from (jobs, texts, tokens, age, backlog, rate, workers)
 
 
 def _of_fleet(seen: FleetInfo) -> Iterator[GaugeMetricFamily]:

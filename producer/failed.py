@@ -139,7 +139,7 @@ def requeue(client: redis.Redis, jobs: Iterable[FailedJob], *, at_front: bool = 
 
 def purge(client: redis.Redis, jobs: Iterable[FailedJob]) -> tuple[int, int]:
     """Deletes each with its result and its membership in its group; how many, and how many were left alone: requeued
-    or failed anew since they were looked at, or with callbacks or dependents that nobody has seen to yet.
+    or failed anew since they were looked at, with callbacks that nobody has seen to yet, or waited for by others.
     """
     script = scripts.load(client, __package__, "purge")
     purged = left = 0

@@ -193,4 +193,5 @@ def _tell(what: str, number: int, left: int, as_json: bool) -> None:
     if as_json:
         echo_json({what: number, "left": left})
         return
-    click.echo(f"{number:,} {what}" + (f", {left:,} left alone: no longer as they were" if left else ""))
+    why = "no longer as they were, or others wait for them"
+    click.echo(f"{number:,} {what}" + (f", {left:,} left alone: {why}" if left else ""))

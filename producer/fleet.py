@@ -66,8 +66,9 @@ class QueueInfo:
     oldest_age_s: float | None
     #: until the waiting jobs are encoded; inf if jobs wait and no worker has told its rate yet
     backlog_s: float
-    #: what the live workers of the queue are capable of together
+    #: what the live workers of the queue are capable of together, and how many they are
     tokens_per_s: float
+    num_workers: int
     #: texts are not counted but estimated
     is_estimate: bool
 
@@ -196,6 +197,7 @@ class FleetReader:
                     oldest_age_s=None if seen is None else seen.oldest_age_s,
                     backlog_s=load.backlog_s,
                     tokens_per_s=load.tokens_per_s,
+                    num_workers=len(serving),
                     is_estimate=seen is None or not seen.is_exact,
                 )
             )

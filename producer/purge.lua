@@ -1,5 +1,5 @@
 -- Deletes failed jobs with all that belongs to them. One that was requeued meanwhile, or has failed anew since it was
--- looked at, is left alone, and so is one after whose end something is still to be done.
+-- looked at, is left alone, and so is one after whose end something is still to be done, or that others wait for.
 --
 -- KEYS     none: the keys depend on the jobs
 -- ARGV[1]  RQ's key prefix
@@ -49,11 +49,14 @@ local function purge(queue, id, ended_at)
       return 0
     end
   end
+  if redis.call('EXISTS', key .. ':dependents') == 1 then
+    return 0 -- they would wait for ever
+  end
   end_executions(origin, id)
   if fields[3] then
     redis.pcall('SREM', prefix .. ':group:' .. fields[3], id)
   end
-  redis.call('DEL', key, key .. ':dependents', prefix .. ':job::' .. id .. ':dependencies', prefix .. ':results:' .. id)
+  redis.call('DEL', key, prefix .. ':job::' .. id .. ':dependencies', prefix .. ':results:' .. id)
   forget(queue, id)
   if origin ~= queue then
     forget(origin, id)

@@ -224,7 +224,7 @@ _QUEUE_SETTINGS = (
     _setting("metrics_port", type=int, help="Port of /livez, /readyz and /metrics; 0: a free one; default: none."),
     _setting("metrics_host", help="Address on which they are served; 0.0.0.0: every one."),
     # A socket that listens already: the supervisor's own way to its processes.
-    _setting("metrics_fd", type=int, hidden=True),
+    _setting("metrics_fd", type=int, hidden=True, help="A socket of the supervisor's, instead of the port."),
     _setting(
         "liveness_timeout_s", type=float, help="Seconds without progress on jobs in hand after which /livez is red."
     ),
@@ -288,7 +288,7 @@ def _supervisor_options(command: Any) -> Any:
     help="The most urgent queue first, or each queue in turn, or at random.",
 )
 # The process that supervises this one.
-@click.option("--child-of", type=int, hidden=True)
+@click.option("--child-of", type=int, hidden=True, help="With this process it ends.")
 @_supervisor_options
 @_settings_options
 @click.pass_context

@@ -17,7 +17,7 @@ from embedq.worker.redis_server import CONFIGURATION, free_port
 from tests.conftest import until
 from tests.docker.files import DOCKER
 
-PASSWORDS = {"worker": "w1\nw0\n", "producer": "p1\n", "observer": "o1", "admin": "a1\n"}
+PASSWORDS = {"worker": "w1\nw0\n", "producer": "p1\n", "observer": "o1", "exporter": "e1", "admin": "a1\n"}
 
 
 class Container:

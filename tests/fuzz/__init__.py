@@ -86,9 +86,10 @@ def _read_claimed(blob: bytes) -> object:
 
 
 def _read_worker(blob: bytes) -> object:
-    names = ("state", "queues", "hostname", "pid", "successful_job_count", "failed_job_count", "last_heartbeat")
+    counts = ("successful_job_count", "failed_job_count")
+    names = ("state", "queues", "hostname", "pid", *counts, "last_heartbeat", "embedq_figures")
     fields = dict(zip(map(str.encode, names), blob.split(b"\n"), strict=False))
-    return fleet._read_worker(keys.worker("w").encode(), fields)
+    return fleet._read_worker(keys.worker("w").encode(), fields, 1e9)
 
 
 def _read_entry(blob: bytes) -> object:
@@ -126,7 +127,8 @@ def targets() -> list[Target]:
     ]
     hashes = [_hash(requests[0]), _hash(requests[-1].replace(b"\n", b" "))]
     entries = [b"1\n" + base64.b64encode(results[0]), b"2\n" + wire.encode_exc_string(failure), b"3\n", b"4\n"]
-    lines = [b"\n".join([b"idle", b"embed", b"host", b"17", b"3", b"0", b"2026-01-01T00:00:00Z"])]
+    figures = b'{"v":1,"time":1e9,"jobs":3,"texts":3,"tokens":9,"tokens_per_s":1.5,"fill":0.5,"version":"0.1.0"}'
+    lines = [b"\n".join([b"idle", b"embed", b"host", b"17", b"3", b"0", b"2026-01-01T00:00:00Z", figures])]
     anything = (Exception,)
     return [
         Target("request", wire.decode_request, requests),

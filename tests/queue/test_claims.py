@@ -476,3 +476,10 @@ def test_an_id_that_is_no_text_keeps_no_other_job_from_being_claimed(queue: Embe
     assert claims[-1].job_id == job.id
     store.publish([done(found) for found in claims])
     assert queue.status(job.id) == "finished"
+
+
+def test_a_moment_that_cannot_be_is_no_time_of_waiting(queue: EmbedQueue, store: ClaimStore) -> None:
+    for number, moment in enumerate(("0001-01-01T00:00:00Z", "9999-01-01T00:00:00Z", "+", "")):
+        queue.enqueue("a", job_id=f"job-{number}")
+        queue._redis.hset(keys.job(f"job-{number}"), "enqueued_at", moment)
+    assert [claim.queued_s for claim in store.claim(["embed"], 10, 10**9).claims] == [0.0] * 4

@@ -229,3 +229,12 @@ def test_only_a_failed_job_can_be_asked_for(client: Any, each_url: str) -> None:
         failed.fetch(client, ["waiting"])
     with pytest.raises(InvalidJobIdError):
         failed.fetch(client, ["a b"])
+
+
+def test_a_job_that_others_wait_for_is_not_purged(queue: EmbedQueue, drain: Drain) -> None:
+    first = queue.enqueue("a", prompt_name="unknown", retries=0)
+    then = queue.enqueue("b", depends_on=first)
+    drain()
+    assert (first.status(), then.status()) == (JobStatus.FAILED, JobStatus.DEFERRED)
+    assert failed.purge(queue._client, failed.find(queue._client, Filter())) == (0, 1)
+    assert (first.status(), then.status()) == (JobStatus.FAILED, JobStatus.DEFERRED)

@@ -220,7 +220,7 @@ def test_a_json_line_names_the_span_in_which_it_is_written() -> None:
 
 def test_the_process_configures_its_log_once_and_closes_the_one_before(capsys: pytest.CaptureFixture[str]) -> None:
     code = (
-        "import logging; from embedq.worker import logs\n"
+        "import logging; from embedq.worker.telemetry import logs\n"
         "logs.configure('text'); logs.configure('json', worker='w1')\n"
         "logger = logging.getLogger('embedq.worker')\n"
         "for n in range(9): logger.error('number %d', n)\n"

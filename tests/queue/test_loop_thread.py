@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import signal
 import threading
 import time
 
 import pytest
 
-from embedq.producer import QueueConnectionError
+from embedq.producer import ConfigurationError, QueueConnectionError
 from embedq.producer.loop_thread import LoopThread
 
 
@@ -78,3 +79,52 @@ def test_a_call_runs_in_the_callers_context() -> None:
     thread = LoopThread("test")
     assert thread.run(read) == "the caller's"
     thread.close(nothing)
+
+
+def test_a_call_from_the_loops_own_thread_fails_instead_of_waiting_for_itself() -> None:
+    thread = LoopThread("test")
+
+    async def call() -> None:
+        thread.run(nothing)
+
+    with pytest.raises(QueueConnectionError, match="closed"):
+        thread.run(call)
+    thread.run(nothing)
+    thread.close(nothing)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_told_to_make_its_own() -> None:
+    thread = LoopThread("test")
+    thread.run(nothing)
+    if (child := os.fork()) == 0:
+        try:
+            thread.run(nothing)
+        except ConfigurationError:
+            thread.close(nothing)
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    thread.close(nothing)
+
+
+def test_who_calls_while_it_closes_gets_a_result_or_an_error() -> None:
+    for _ in range(20):
+        thread = LoopThread("test")
+        thread.run(nothing)
+        ends: list[str] = []
+
+        def call(thread: LoopThread = thread, ends: list[str] = ends) -> None:
+            try:
+                while True:
+                    thread.run(nothing)
+            except QueueConnectionError:
+                ends.append("closed")
+
+        callers = [threading.Thread(target=call, daemon=True) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        thread.close(nothing)
+        for caller in callers:
+            caller.join(20)
+        assert ends == 3 * ["closed"]

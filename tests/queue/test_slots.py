@@ -495,3 +495,32 @@ def test_the_end_of_the_terminal_is_an_order_to_end(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(supervisor_module.SignalInbox, "wait", lambda _self, _timeout_s: [signal.SIGHUP])
     assert world.supervisor.run() == Ending(0)
     assert world.launched[0][0].signals[0] == signal.SIGTERM
+
+
+def test_sighup_before_anything_is_ready_still_goes_one_by_one_and_loses_no_process() -> None:
+    world = World(2)
+    world.say(STARTING)
+    world.supervisor.take(signal.SIGHUP, world.now)
+    world.pass_s(1)
+    assert started(world) == [2, 1]
+    # The old one of the first slot becomes ready while its replacement still starts.
+    world.launched[0][0].latest = READY
+    world.pass_s(1)
+    assert started(world) == [2, 1]
+    world.supervisor.take(signal.SIGHUP, world.now)
+    world.pass_s(1)
+    world.supervisor.take(signal.SIGTERM, world.now)
+    world.pass_s(GRACE_S + EXTRA_GRACE_S + 1)
+    assert world.supervisor.is_over
+    assert [process.status for of_slot in world.launched for process in of_slot if process.status is None] == []
+
+
+def test_a_rolling_restart_that_waits_says_for_what(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(1)
+    world.say(READY)
+    world.supervisor.take(signal.SIGHUP, world.now)
+    world.pass_s(1)
+    world.process().latest = ChildHealth(True, False, "suspended")
+    with caplog.at_level("WARNING", "embedq.supervisor"):
+        world.pass_s(supervisor_module.SLOW_ROLL_S + 2)
+    assert "still waits for process 0: suspended" in caplog.text
