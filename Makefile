@@ -5,13 +5,14 @@ ROUNDS ?= 5
 WORKERS ?= 256
 SECONDS ?= 180
 SEED ?=
+RELEASE ?=
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 # The CPU kernels are compiled when the package is installed.
 DEPENDENCIES := pyproject.toml constraints.txt $(wildcard model/kernels/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint types bench fleet chaos audit clean
+.PHONY: help install run test lint types bench fleet chaos drill audit clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -39,6 +40,9 @@ fleet: $(VENV)/.dev ## simulate fleets of GPU workers at one Redis: what a fleet
 
 chaos: $(VENV)/.dev ## kill workers and Redis at random and check every job; SECONDS=180 SEED=7 REPORT=file.md
 	@$(VENV)/bin/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(REPORT),--report $(REPORT))
+
+drill: $(VENV)/.dev ## restart, kill, hang and upgrade a fleet under load, and watch its metrics; RELEASE=commit REPORT=file.md
+	@$(VENV)/bin/python -m tests.ops.drill $(if $(RELEASE),--release $(RELEASE)) $(if $(REPORT),--report $(REPORT))
 
 audit: $(VENV)/.audit ## known vulnerabilities of what is pinned (pip-audit), risky code of ours (bandit)
 	@$(VENV)/bin/bandit --quiet --configfile pyproject.toml --recursive producer worker model
