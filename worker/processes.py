@@ -7,12 +7,13 @@ Knows processes and signals, not what runs in them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from setproctitle import setproctitle
@@ -30,7 +31,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
 
     In a session of its own: Ctrl-C in the terminal reaches us alone, and we end our children in order.
     """
-    with log.open("ab") as output:
+    with log.open("ab") as output, _holding_signals_back() as mask:
         # Commands of our own: this Python or a redis-server.
         return subprocess.Popen(  # nosec B603
             command,
@@ -39,8 +40,20 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
+            preexec_fn=_in_child(mask),
         )
+
+
+@contextlib.contextmanager
+def _holding_signals_back() -> Iterator[set[signal.Signals]]:
+    """Ctrl-C and SIGTERM come after the block. Python runs callbacks around a fork, and what a signal's handler raises
+    in one of those is dropped. Gives the mask as it was, for the child.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield {signal.Signals(number) for number in before}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def spawn(
@@ -106,16 +119,18 @@ def last_lines(log: Path, number: int = 5) -> str:
     return "\n".join(lines[-number:]) or "(no output)"
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
+def _in_child(mask: set[signal.Signals]) -> Callable[[], None]:
+    """What a child does between fork and exec. mask: the signals that are held back from it, which exec keeps."""
+    is_linux = sys.platform.startswith("linux")
     # Loaded here: between fork and exec nothing may be imported.
     libc = ctypes.CDLL(None)
     parent = os.getpid()
 
-    def ask_kernel() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_linux:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(1)
 
-    return ask_kernel
+    return prepare

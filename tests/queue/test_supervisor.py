@@ -115,7 +115,7 @@ def test_sighup_replaces_all_and_no_moment_is_without_a_process(start: Start) ->
         assert time.monotonic() < deadline
     until(lambda: num_ready(port) == 2, PATIENCE_S)
     assert lowest >= 1
-    assert "the rolling restart is done" in running.log.read_text()
+    until(lambda: "the rolling restart is done" in running.log.read_text(), PATIENCE_S)
 
 
 def test_a_redis_that_is_away_at_the_start_is_waited_for_and_is_no_hang(
