@@ -112,7 +112,8 @@ def test_sighup_replaces_all_and_no_moment_is_without_a_process(start: Start) ->
     deadline = time.monotonic() + PATIENCE_S
     while not before.isdisjoint(children(running.process.pid)):
         lowest = min(lowest, num_ready(port))
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, running.log.read_text()
+        time.sleep(0.05)
     until(lambda: num_ready(port) == 2, PATIENCE_S)
     assert lowest >= 1
     until(lambda: "the rolling restart is done" in running.log.read_text(), PATIENCE_S)
